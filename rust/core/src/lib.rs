@@ -4,3 +4,4 @@
 //! `kernels` · `simd`, `threads`, `rows`, `rng`, `error`.
 
 pub mod error;
+pub mod threads;
