@@ -4,4 +4,5 @@
 //! `kernels` · `simd`, `threads`, `rows`, `rng`, `error`.
 
 pub mod error;
+pub mod simd;
 pub mod threads;

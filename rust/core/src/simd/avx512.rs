@@ -1,0 +1,115 @@
+//! Sixteen lanes of AVX-512 with mask registers.
+
+use std::arch::x86_64::*;
+
+use super::avx2::intrinsics;
+use super::{KEEP_MULTIPLIERS, Kernel, Simd, keep_bound};
+
+/// Proof of AVX-512 F, BW, VL and DQ.
+#[derive(Debug, Clone, Copy)]
+pub struct Avx512(());
+
+/// Runs a kernel compiled for AVX-512.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+pub(super) fn run<K: Kernel<f32>>(kernel: K) -> K::Output {
+    kernel.run(Avx512(()))
+}
+
+impl Simd<f32> for Avx512 {
+    const LANES: usize = 16;
+    type V = __m512;
+    type M = __mmask16;
+
+    intrinsics! {
+        splat(x: f32) -> __m512 = _mm512_set1_ps(x);
+        iota() -> __m512 = {
+            _mm512_setr_ps(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0)
+        };
+        add(a: __m512, b: __m512) -> __m512 = _mm512_add_ps(a, b);
+        sub(a: __m512, b: __m512) -> __m512 = _mm512_sub_ps(a, b);
+        mul(a: __m512, b: __m512) -> __m512 = _mm512_mul_ps(a, b);
+        div(a: __m512, b: __m512) -> __m512 = _mm512_div_ps(a, b);
+        mul_add(a: __m512, b: __m512, c: __m512) -> __m512 = _mm512_fmadd_ps(a, b, c);
+        neg_mul_add(a: __m512, b: __m512, c: __m512) -> __m512 = _mm512_fnmadd_ps(a, b, c);
+        min(a: __m512, b: __m512) -> __m512 = _mm512_min_ps(a, b);
+        max(a: __m512, b: __m512) -> __m512 = _mm512_max_ps(a, b);
+        sqrt(a: __m512) -> __m512 = _mm512_sqrt_ps(a);
+        abs(a: __m512) -> __m512 = _mm512_andnot_ps(_mm512_set1_ps(-0.0), a);
+        neg(a: __m512) -> __m512 = _mm512_xor_ps(_mm512_set1_ps(-0.0), a);
+        copysign(a: __m512, sign: __m512) -> __m512 = {
+            let bit = _mm512_set1_ps(-0.0);
+            _mm512_or_ps(_mm512_andnot_ps(bit, a), _mm512_and_ps(bit, sign))
+        };
+        round(a: __m512) -> __m512 = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
+        scale2(a: __m512, n: __m512) -> __m512 = _mm512_scalef_ps(a, n);
+        lt(a: __m512, b: __m512) -> __mmask16 = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b);
+        le(a: __m512, b: __m512) -> __mmask16 = _mm512_cmp_ps_mask::<_CMP_LE_OQ>(a, b);
+        eq(a: __m512, b: __m512) -> __mmask16 = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, b);
+        select(m: __mmask16, yes: __m512, no: __m512) -> __m512 = _mm512_mask_blend_ps(m, no, yes);
+        reduce_sum(v: __m512) -> f32 = {
+            let v = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+            let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+            _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
+        };
+        reduce_max(v: __m512) -> f32 = {
+            let v = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+            let v = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+            _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)))
+        };
+        keep(row_key: [u32; 2], first_column: u32, threshold: u32) -> __mmask16 = {
+            let lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            let column = _mm512_add_epi32(_mm512_set1_epi32(first_column as i32), lane);
+            let h = _mm512_xor_si512(column, _mm512_set1_epi32(row_key[0] as i32));
+            let h = _mm512_xor_si512(h, _mm512_srli_epi32::<16>(h));
+            let h = _mm512_mullo_epi32(h, _mm512_set1_epi32(KEEP_MULTIPLIERS[0] as i32));
+            let h = _mm512_add_epi32(h, _mm512_set1_epi32(row_key[1] as i32));
+            let h = _mm512_xor_si512(h, _mm512_srli_epi32::<15>(h));
+            let h = _mm512_mullo_epi32(h, _mm512_set1_epi32(KEEP_MULTIPLIERS[1] as i32));
+            let h = _mm512_xor_si512(h, _mm512_srli_epi32::<16>(h));
+            _mm512_cmpge_epi32_mask(h, _mm512_set1_epi32(keep_bound(threshold)))
+        };
+    }
+
+    #[inline(always)]
+    fn and(self, a: __mmask16, b: __mmask16) -> __mmask16 {
+        a & b
+    }
+    #[inline(always)]
+    fn or(self, a: __mmask16, b: __mmask16) -> __mmask16 {
+        a | b
+    }
+    #[inline(always)]
+    fn not(self, a: __mmask16) -> __mmask16 {
+        !a
+    }
+    #[inline(always)]
+    fn any(self, m: __mmask16) -> bool {
+        m != 0
+    }
+    #[inline(always)]
+    fn first(self, n: usize) -> __mmask16 {
+        ((1u32 << n.min(16)) - 1) as __mmask16
+    }
+    #[inline(always)]
+    unsafe fn load_ptr(self, p: *const f32) -> __m512 {
+        // SAFETY: the caller's promise; the token vouches for AVX-512.
+        unsafe { _mm512_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn store_ptr(self, v: __m512, p: *mut f32) {
+        // SAFETY: the caller's promise; the token vouches for AVX-512.
+        unsafe { _mm512_storeu_ps(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn load_ptr_first(self, p: *const f32, n: usize, fill: f32) -> __m512 {
+        // SAFETY: masked lanes are not read, the others are the caller's promise.
+        unsafe { _mm512_mask_loadu_ps(_mm512_set1_ps(fill), self.first(n), p) }
+    }
+    #[inline(always)]
+    unsafe fn store_ptr_first(self, v: __m512, p: *mut f32, n: usize) {
+        // SAFETY: masked lanes are not written, the others are the caller's promise.
+        unsafe { _mm512_mask_storeu_ps(p, self.first(n), v) }
+    }
+}

@@ -1,0 +1,109 @@
+//! Which instructions are used: the best the CPU has, or the level that `TRANSFORMER_RS_ISA` names.
+
+use std::fmt;
+use std::sync::OnceLock;
+
+use super::{Kernel, Portable};
+use crate::error::{Error, Result};
+
+/// A path through the kernels. Results are the same bit for bit within one path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Isa {
+    /// Plain Rust, no fused multiply-add: any CPU.
+    Portable,
+    /// 8 lanes, AVX2 and FMA.
+    Avx2,
+    /// 16 lanes with masks, AVX-512 F, BW, VL and DQ.
+    Avx512,
+}
+
+impl Isa {
+    /// All paths, the slowest first.
+    pub const ALL: [Isa; 3] = [Isa::Portable, Isa::Avx2, Isa::Avx512];
+
+    /// The name `TRANSFORMER_RS_ISA` takes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Portable => "portable",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+        }
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What the CPU can do, whatever path was chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Features {
+    /// The best path.
+    pub best: Isa,
+    /// AVX-512 BF16 dot products.
+    pub avx512_bf16: bool,
+    /// AVX-512 VNNI int8 dot products.
+    pub avx512_vnni: bool,
+}
+
+/// Asks the CPU.
+pub fn features() -> Features {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::is_x86_feature_detected as has;
+        let avx2 = has!("avx2") && has!("fma");
+        let avx512 = avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq");
+        let best = if avx512 {
+            Isa::Avx512
+        } else if avx2 {
+            Isa::Avx2
+        } else {
+            Isa::Portable
+        };
+        Features { best, avx512_bf16: avx512 && has!("avx512bf16"), avx512_vnni: avx512 && has!("avx512vnni") }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    Features { best: Isa::Portable, avx512_bf16: false, avx512_vnni: false }
+}
+
+/// The path in use, decided once per process. The door of the engine checks it; an unknown or unsupported
+/// `TRANSFORMER_RS_ISA` is an error there, and kernels called past the door run portably.
+pub fn isa() -> Result<Isa> {
+    chosen().clone()
+}
+
+fn chosen() -> &'static Result<Isa> {
+    static CHOSEN: OnceLock<Result<Isa>> = OnceLock::new();
+    CHOSEN.get_or_init(|| {
+        let wanted = std::env::var_os("TRANSFORMER_RS_ISA").map(|name| name.to_string_lossy().into_owned());
+        choose(wanted.as_deref(), features().best)
+    })
+}
+
+pub(super) fn choose(wanted: Option<&str>, best: Isa) -> Result<Isa> {
+    let Some(name) = wanted.filter(|name| !name.is_empty()) else { return Ok(best) };
+    match Isa::ALL.into_iter().find(|isa| isa.name() == name) {
+        Some(isa) if isa <= best => Ok(isa),
+        Some(isa) => Err(Error::Unsupported(format!(
+            "TRANSFORMER_RS_ISA: this CPU lacks `{isa}`, its best is `{best}`; unset the variable or name a lower level"
+        ))),
+        None => Err(Error::Config(format!(
+            "TRANSFORMER_RS_ISA: expected `portable`, `avx2` or `avx512`, got `{name}`; unset it to use the best"
+        ))),
+    }
+}
+
+#[inline]
+pub(super) fn best<K: Kernel<f32>>(kernel: K) -> K::Output {
+    match chosen() {
+        // SAFETY: `choose` returns what the CPU has, never more.
+        #[cfg(target_arch = "x86_64")]
+        Ok(Isa::Avx512) => unsafe { super::avx512::run(kernel) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Ok(Isa::Avx2) => unsafe { super::avx2::run(kernel) },
+        _ => kernel.run(Portable),
+    }
+}
