@@ -4,5 +4,9 @@
 //! `kernels` · `simd`, `threads`, `rows`, `rng`, `error`.
 
 pub mod error;
+pub mod kernels;
+pub mod rng;
+pub mod rows;
 pub mod simd;
+pub mod tape;
 pub mod threads;
