@@ -1,0 +1,274 @@
+//! The pool, where a test needs it for itself: who takes part, two callers at once, fork, the number of threads.
+//! (A process of its own, so that no other test has the team; within it one test at a time.)
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard};
+use std::thread::ThreadId;
+use std::time::{Duration, Instant};
+use transformer_core::error::{Error, Result};
+use transformer_core::threads::{for_each, num_threads, parallel, section, set_num_threads, with_local_limit};
+
+fn alone() -> MutexGuard<'static, ()> {
+    static ONE_TEST: Mutex<()> = Mutex::new(());
+    ONE_TEST.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// The threads that run `tasks` tasks of 2 ms.
+fn helpers(tasks: usize) -> Result<HashSet<ThreadId>> {
+    let seen = Mutex::new(HashSet::new());
+    parallel(tasks, |_| {
+        seen.lock().unwrap().insert(std::thread::current().id());
+        std::thread::sleep(Duration::from_millis(2));
+    })?;
+    Ok(seen.into_inner().unwrap())
+}
+
+/// Waits until `ready`, for no longer than ten seconds.
+fn eventually(what: &str, ready: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !ready() {
+        assert!(start.elapsed() < Duration::from_secs(10), "{what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn as_many_threads_as_asked_for_take_part() {
+    let _alone = alone();
+    for threads in [1, 2, 3, 7, 2, 1] {
+        with_local_limit(threads, || {
+            assert_eq!(helpers(100).unwrap().len(), threads);
+            section(None, || {
+                let seen = helpers(100)?;
+                assert_eq!(seen.len(), threads);
+                assert!(seen.contains(&std::thread::current().id()), "the caller is worker 0");
+                assert!(helpers(100)?.is_subset(&seen), "the same threads all along");
+                Ok(())
+            })
+            .unwrap();
+        });
+    }
+}
+
+#[test]
+fn regions_follow_each_other_without_mixing_up_their_tasks() {
+    let _alone = alone();
+    for threads in [2, 3, 7] {
+        let mut state = 1u64;
+        let sum = AtomicU64::new(0);
+        with_local_limit(threads, || {
+            section(None, || {
+                for region in 0..20_000u64 {
+                    state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                    let tasks = (state >> 33) % 9;
+                    sum.store(0, Ordering::Relaxed);
+                    // Each task proves that it is of this region: the closure is a new one on the stack every time.
+                    parallel(tasks as usize, |i| _ = sum.fetch_add(region << 8 | 1 << i, Ordering::Relaxed))?;
+                    assert_eq!(sum.load(Ordering::Relaxed), (region << 8) * tasks + (1 << tasks) - 1);
+                }
+                Ok(())
+            })
+        })
+        .unwrap();
+    }
+}
+
+#[test]
+fn a_second_caller_works_alone_and_does_not_wait() {
+    let _alone = alone();
+    let (open, done) = (AtomicBool::new(false), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            with_local_limit(2, || {
+                section(None, || {
+                    open.store(true, Ordering::Release);
+                    while !done.load(Ordering::Acquire) {
+                        helpers(10)?;
+                    }
+                    Ok(())
+                })
+            })
+            .unwrap();
+        });
+        eventually("the first section opens", || open.load(Ordering::Acquire));
+        let start = Instant::now();
+        let seen = with_local_limit(2, || section(None, || helpers(5))).unwrap();
+        let took = start.elapsed();
+        done.store(true, Ordering::Release);
+        assert_eq!(seen, HashSet::from([std::thread::current().id()]));
+        assert!(took < Duration::from_millis(500), "10 ms of work took {took:?}");
+    });
+    assert_eq!(with_local_limit(2, || helpers(100)).unwrap().len(), 2, "the team is free again");
+}
+
+#[test]
+fn many_callers_at_once_all_get_their_results() {
+    let _alone = alone();
+    std::thread::scope(|scope| {
+        for caller in 0..8usize {
+            scope.spawn(move || {
+                for turn in 0..200 {
+                    let mut squares = vec![0; caller + turn % 50];
+                    let task = |(i, square): (usize, &mut usize)| *square = i * i;
+                    with_local_limit(1 + turn % 4, || for_each(squares.iter_mut().enumerate(), task)).unwrap();
+                    assert!(squares.iter().enumerate().all(|(i, square)| *square == i * i));
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn a_late_worker_delays_nobody() {
+    let _alone = alone();
+    // 63 workers on a few processors: most of them get to a region long after it is over.
+    with_local_limit(64, || helpers(1)).unwrap();
+    let start = Instant::now();
+    with_local_limit(64, || section(None, || (0..1000).try_for_each(|_| parallel(2, |_| ())))).unwrap();
+    let took = start.elapsed();
+    assert!(took < Duration::from_secs(5), "{took:?}");
+}
+
+#[test]
+fn the_number_changes_between_sections() {
+    let _alone = alone();
+    let before = num_threads();
+    set_num_threads(3).unwrap();
+    assert_eq!(num_threads(), 3);
+    section(None, || {
+        set_num_threads(2).unwrap();
+        std::thread::spawn(|| set_num_threads(5).unwrap()).join().unwrap();
+        assert_eq!(num_threads(), 5);
+        assert_eq!(helpers(100)?.len(), 3, "an open section keeps its threads");
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(helpers(200).unwrap().len(), 5);
+    set_num_threads(2).unwrap();
+    assert_eq!(helpers(100).unwrap().len(), 2);
+    set_num_threads(0).unwrap();
+    assert_eq!(num_threads(), std::thread::available_parallelism().unwrap().get());
+    set_num_threads(before).unwrap();
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn threads_start_with_the_first_region_and_one_thread_needs_none() {
+    let _alone = alone();
+    let count = || {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+        // A thread may end between the two readings.
+        let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
+        names.filter(|name| name.starts_with("transformer_rs-")).count()
+    };
+    let before = num_threads();
+    set_num_threads(63).unwrap(); // a number that no other test leaves behind
+    eventually("the old pool goes", || count() == 0);
+    set_num_threads(1).unwrap();
+    helpers(3).unwrap();
+    set_num_threads(4).unwrap();
+    parallel(1, |_| ()).unwrap();
+    assert_eq!(count(), 0);
+    helpers(3).unwrap();
+    assert_eq!(count(), 3);
+    set_num_threads(before).unwrap();
+}
+
+/// Runs `body` in a forked child; false when it fails, panics or takes longer than ten seconds.
+#[cfg(unix)]
+fn succeeds_in_child(body: impl FnOnce() -> bool) -> bool {
+    // SAFETY: the child runs `body` and leaves by `_exit`; it holds no lock that a lost thread might have.
+    let child = unsafe { libc::fork() };
+    assert!(child >= 0);
+    if child == 0 {
+        let good = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).unwrap_or(false);
+        // SAFETY: ends the child without the destructors of the parent's test harness.
+        unsafe { libc::_exit(if good { 0 } else { 1 }) };
+    }
+    let (start, mut status) = (Instant::now(), 0);
+    loop {
+        // SAFETY: `child` is our own, `status` is live.
+        if unsafe { libc::waitpid(child, &raw mut status, libc::WNOHANG) } == child {
+            return libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0;
+        }
+        if start.elapsed() > Duration::from_secs(10) {
+            // SAFETY: `child` is our own and has not been waited for.
+            unsafe { (libc::kill(child, libc::SIGKILL), libc::waitpid(child, &raw mut status, 0)) };
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_forked_child_gets_threads_of_its_own() {
+    let _alone = alone();
+    with_local_limit(3, || {
+        assert_eq!(helpers(100).unwrap().len(), 3);
+        let in_child = || helpers(100).unwrap().len() == 3 && succeeds_in_child(|| helpers(100).unwrap().len() == 3);
+        assert!(succeeds_in_child(in_child), "after use, and in a child of the child");
+        assert_eq!(helpers(100).unwrap().len(), 3, "the parent keeps its own");
+    });
+    // While another thread, which the child will not have, holds the team in the middle of a region.
+    let (open, done) = (AtomicBool::new(false), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let wait = |_| {
+                open.store(true, Ordering::Release);
+                eventually("the child is done", || done.load(Ordering::Acquire));
+            };
+            with_local_limit(2, || parallel(2, wait)).unwrap();
+        });
+        eventually("the section opens", || open.load(Ordering::Acquire));
+        let good = succeeds_in_child(|| with_local_limit(3, || helpers(100).unwrap().len() == 3));
+        done.store(true, Ordering::Release);
+        assert!(good, "while the team was taken");
+    });
+}
+
+#[test]
+fn the_environment_sets_the_number() {
+    const CHILD: &str = "TRANSFORMER_RS_TEST_EXPECTS";
+    if let Ok(expected) = std::env::var(CHILD) {
+        if expected == "error" {
+            assert!(matches!(parallel(2, |_| ()), Err(Error::Config(text)) if text.contains("\"some\"")));
+            set_num_threads(2).unwrap();
+            parallel(2, |_| ()).unwrap();
+        } else {
+            assert_eq!(num_threads().to_string(), expected);
+            assert_eq!(helpers(100).unwrap().len(), num_threads());
+        }
+        return;
+    }
+    let all = std::thread::available_parallelism().unwrap().to_string();
+    for (ours, omp, expected) in
+        [("3", "2", "3"), ("", "3", "3"), ("0", "5", all.as_str()), ("", "some", all.as_str()), ("some", "2", "error")]
+    {
+        let status = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "the_environment_sets_the_number"])
+            .envs([("TRANSFORMER_RS_NUM_THREADS", ours), ("OMP_NUM_THREADS", omp), (CHILD, expected)])
+            .stdout(std::process::Stdio::null())
+            .status()
+            .unwrap();
+        assert!(status.success(), "{ours:?} {omp:?} {expected:?}");
+    }
+}
+
+#[test]
+fn an_interrupt_reaches_the_workers() {
+    let _alone = alone();
+    let ran = AtomicUsize::new(0);
+    let start = Instant::now();
+    let result = with_local_limit(7, || {
+        section(Some(&|| true), || {
+            parallel(1_000_000, |_| {
+                ran.fetch_add(1, Ordering::Relaxed);
+                std::thread::sleep(Duration::from_millis(5));
+            })
+        })
+    });
+    assert_eq!(result, Err(Error::Interrupted));
+    assert!(ran.load(Ordering::Relaxed) < 1000 && start.elapsed() < Duration::from_millis(500));
+}
