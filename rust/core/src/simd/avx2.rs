@@ -31,6 +31,8 @@ pub(super) use intrinsics;
 
 impl Simd<f32> for Avx2 {
     const LANES: usize = 8;
+    const TILE_ROWS: usize = 6;
+    const TILE_VECTORS: usize = 2;
     type V = __m256;
     type M = __m256;
 

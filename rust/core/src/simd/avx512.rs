@@ -17,6 +17,8 @@ pub(super) fn run<K: Kernel<f32>>(kernel: K) -> K::Output {
 
 impl Simd<f32> for Avx512 {
     const LANES: usize = 16;
+    const TILE_ROWS: usize = 12;
+    const TILE_VECTORS: usize = 2;
     type V = __m512;
     type M = __mmask16;
 

@@ -62,6 +62,10 @@ pub const MAX_LANES: usize = 16;
 pub trait Simd<T: Float>: Copy + Send + Sync + 'static {
     /// Numbers in a vector.
     const LANES: usize;
+    /// Rows of the register tile of a matrix product.
+    const TILE_ROWS: usize;
+    /// Vectors in a row of that tile.
+    const TILE_VECTORS: usize;
     /// A vector.
     type V: Copy;
     /// One truth value per lane.

@@ -10,6 +10,8 @@ macro_rules! portable {
     ($T:ident, $lanes:literal, bits: $Bits:ident, mantissa: $mantissa:literal) => {
         impl Simd<$T> for Portable {
             const LANES: usize = $lanes;
+        const TILE_ROWS: usize = 4;
+        const TILE_VECTORS: usize = 1;
             type V = [$T; $lanes];
             type M = [bool; $lanes];
 

@@ -1,0 +1,250 @@
+//! Against a readable product, and the promise of same bits.
+
+use super::*;
+use crate::simd::{Isa, Simd, isa};
+use crate::threads::with_local_limit;
+
+/// Three loops in f64.
+fn gemm_reference<T: Float>(a: Mat<T>, b: Mat<T>, c: &dyn Fn(usize, usize) -> f64) -> Vec<f64> {
+    let ((m, k), (_, n)) = (a.shape(), b.shape());
+    let element = |i, j| c(i, j) + (0..k).map(|k| a.at(i, k).to_f64() * b.at(k, j).to_f64()).sum::<f64>();
+    (0..m).flat_map(|i| (0..n).map(move |j| (i, j))).map(|(i, j)| element(i, j)).collect()
+}
+
+/// Numbers in [−1, 1] that look random.
+fn numbers<T: Float>(len: usize, seed: u64) -> Vec<T> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..len)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            T::from_f64((state >> 40) as f64 / (1u64 << 23) as f64 - 1.0)
+        })
+        .collect()
+}
+
+/// A view of the given kind on fresh data: row-major, transposed, with gaps, or both strides above 1.
+fn view<T: Float>(data: &mut Vec<T>, rows: usize, cols: usize, kind: usize, seed: u64) -> Mat<'_, T> {
+    *data = numbers((rows + 3) * (cols + 3) * 2, seed);
+    match kind {
+        0 => Mat::new(data, rows, cols),
+        1 => Mat::new(data, cols, rows).map(Mat::t),
+        2 => Mat::with_stride(data, rows, cols, cols + 3),
+        3 => Mat::with_stride(data, cols, rows, rows + 1).map(Mat::t),
+        _ => Mat::with_strides(data, rows, cols, 2 * cols + 1, 2),
+    }
+    .unwrap()
+}
+
+const SIZES: [usize; 10] = [0, 1, 2, 3, 5, 7, 16, 31, 33, 50];
+
+fn matches_reference<T: Float>(m: usize, n: usize, k: usize, a_kind: usize, b_kind: usize) {
+    let (mut a, mut b) = (Vec::new(), Vec::new());
+    let a = view::<T>(&mut a, m, k, a_kind, 1);
+    let b = view::<T>(&mut b, k, n, b_kind, 2);
+    let stride = n + 2;
+    let before: Vec<T> = numbers(m * stride + 7, 3);
+    let packed = PackedRhs::new(b).unwrap();
+    for beta in [Beta::Assign, Beta::Add] {
+        let expected = gemm_reference(a, b, &|i, j| match beta {
+            Beta::Assign => 0.0,
+            Beta::Add => before[i * stride + j].to_f64(),
+        });
+        let mut results: Vec<Vec<T>> = Vec::new();
+        for (rhs, team) in [(Rhs::Plain(b), true), (Rhs::Plain(b), false), (Rhs::Packed(&packed), true)] {
+            let mut c = before.clone();
+            let out = MatMut::with_stride(&mut c, m, n, stride).unwrap();
+            product(out, a, rhs, beta, &NoEpilogue, team).unwrap();
+            for (at, (c, before)) in c.iter().zip(&before).enumerate() {
+                let (i, j) = (at / stride, at % stride);
+                if i < m && j < n {
+                    let e = expected[i * n + j];
+                    let limit = T::EPSILON.to_f64() * 2.0 * (k as f64 + 2.0);
+                    assert!((c.to_f64() - e).abs() <= limit, "{m} x {n} x {k}, ({i}, {j}): {c} and {e}");
+                } else {
+                    assert_eq!(c, before, "{m} x {n} x {k} wrote outside of C at ({i}, {j})");
+                }
+            }
+            results.push(c);
+        }
+        assert!(results.iter().all(|r| *r == results[0]), "{m} x {n} x {k}: plain, serial and packed differ");
+    }
+}
+
+#[test]
+fn small_products() {
+    for m in SIZES {
+        for n in SIZES {
+            for k in [0, 1, 2, 17] {
+                for kind in 0..9 {
+                    // All kinds of A with one of B and the other way round.
+                    let (a_kind, b_kind) = if kind < 5 { (kind, m % 5) } else { (n % 5, kind - 4) };
+                    matches_reference::<f32>(m, n, k, a_kind, b_kind);
+                    if kind % 3 == 0 {
+                        matches_reference::<f64>(m, n, k, a_kind, b_kind);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn products_around_blocks() {
+    let (rows, cols) = tile_shape::<f32>();
+    for k in [KC - 1, KC, KC + 1, 2 * KC + 3] {
+        for (m, n) in [(1, cols * 9 + 1), (3, cols * 4 - 1), (rows + 1, cols), (2 * rows - 1, cols + 1), (4 * rows, 3)]
+        {
+            for kind in 0..5 {
+                matches_reference::<f32>(m, n, k, kind, (kind + m) % 5);
+            }
+        }
+    }
+    for (m, n, k) in [(TASK_ROWS + 1, TASK_COLS + 1, 40), (2 * TASK_ROWS - 1, 17, KC + 1), (25, 2 * TASK_COLS + 5, 33)]
+    {
+        for kind in 0..5 {
+            matches_reference::<f32>(m, n, k, kind, 4 - kind);
+        }
+    }
+}
+
+#[test]
+fn products_larger_than_the_workspace() {
+    // Wider than a packed slab in each direction, and deeper than a slab of that width.
+    matches_reference::<f32>(30, PACKED_WIDTH + 9, 2 * KC + 5, 0, 1);
+    matches_reference::<f32>(PACKED_WIDTH + 9, 30, KC + 5, 1, 0);
+    matches_reference::<f32>(40, 40, PACKED / 80 + KC, 1, 0);
+}
+
+#[test]
+fn a_row_alone_has_the_same_bits() {
+    for (m, n, k, a_kind, b_kind) in
+        [(70, 90, 300, 0, 0), (70, 90, 300, 1, 1), (401, 70, 520, 2, 3), (64, 130, 257, 3, 0)]
+    {
+        let (mut a, mut b) = (Vec::new(), Vec::new());
+        let a = view::<f32>(&mut a, m, k, a_kind, 4);
+        let b = view::<f32>(&mut b, k, n, b_kind, 5);
+        let packed = PackedRhs::new(b).unwrap();
+        let mut all = vec![0.0; m * n];
+        gemm(MatMut::new(&mut all, m, n).unwrap(), a, b, Beta::Assign, &NoEpilogue).unwrap();
+        for count in [1, 2, 3, 4, 5, 6, 7, 12, 13, 23, 24, 25] {
+            for from in [0, 1, m - count] {
+                let rows = a.rows(from..from + count).unwrap();
+                for rhs in [Rhs::Plain(b), Rhs::Packed(&packed)] {
+                    let mut some = vec![0.0; count * n];
+                    gemm(MatMut::new(&mut some, count, n).unwrap(), rows, rhs, Beta::Assign, &NoEpilogue).unwrap();
+                    assert_eq!(some, all[from * n..(from + count) * n], "{count} rows from {from} of {m} x {n} x {k}");
+                }
+            }
+        }
+        // Some columns, by a view.
+        let mut some = vec![0.0; m * 11];
+        let part = b.columns(30..41).unwrap();
+        gemm(MatMut::new(&mut some, m, 11).unwrap(), a, part, Beta::Assign, &NoEpilogue).unwrap();
+        for i in 0..m {
+            assert_eq!(some[i * 11..][..11], all[i * n + 30..][..11], "columns of row {i}");
+        }
+    }
+}
+
+#[test]
+fn one_chain_along_k() {
+    let (m, n, k) = (9, 21, 700);
+    let (mut a, mut b) = (Vec::new(), Vec::new());
+    let a = view::<f32>(&mut a, m, k, 0, 6);
+    let b = view::<f32>(&mut b, k, n, 0, 7);
+    let fused = isa().unwrap() != Isa::Portable;
+    let chain = |i: usize, j: usize, start: f32| {
+        (0..k).fold(start, |sum, l| {
+            let (x, y) = (a.at(i, l), b.at(l, j));
+            if fused { libm::fmaf(x, y, sum) } else { x * y + sum }
+        })
+    };
+    let mut c = vec![0.25; m * n];
+    gemm(MatMut::new(&mut c, m, n).unwrap(), a, b, Beta::Add, &NoEpilogue).unwrap();
+    for i in 0..m {
+        for j in 0..n {
+            assert_eq!(c[i * n + j], chain(i, j, 0.25));
+        }
+    }
+}
+
+#[test]
+fn any_number_of_threads() {
+    for (m, n, k, a_kind, b_kind) in [(300, 310, 290, 0, 1), (5, 2000, 300, 0, 0), (513, 257, 600, 1, 0)] {
+        let (mut a, mut b) = (Vec::new(), Vec::new());
+        let a = view::<f32>(&mut a, m, k, a_kind, 8);
+        let b = view::<f32>(&mut b, k, n, b_kind, 9);
+        let results: Vec<Vec<f32>> = [1, 2, 3, 7]
+            .into_iter()
+            .map(|threads| {
+                let mut c = vec![0.0; m * n];
+                let out = MatMut::new(&mut c, m, n).unwrap();
+                with_local_limit(threads, || gemm(out, a, b, Beta::Assign, &NoEpilogue)).unwrap();
+                c
+            })
+            .collect();
+        assert!(results.iter().all(|r| *r == results[0]), "{m} x {n} x {k}");
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Square;
+
+impl<T: Float> Activation<T> for Square {
+    #[inline(always)]
+    fn apply<S: Simd<T>>(&self, s: S, x: S::V) -> S::V {
+        s.mul(x, x)
+    }
+}
+
+fn epilogues_match<T: Float>(m: usize, n: usize, k: usize) {
+    let (mut a, mut b, mut r) = (Vec::new(), Vec::new(), Vec::new());
+    let a = view::<T>(&mut a, m, k, 0, 10);
+    let b = view::<T>(&mut b, k, n, 1, 11);
+    let residual = view::<T>(&mut r, m, n, 2, 12);
+    let bias: Vec<T> = numbers(n, 13);
+    let run = |epilogue: &dyn Fn(MatMut<T>) -> Result<()>| {
+        let mut c = vec![T::ONE; m * n];
+        epilogue(MatMut::new(&mut c, m, n).unwrap()).unwrap();
+        c
+    };
+    for beta in [Beta::Assign, Beta::Add] {
+        let plain = run(&|c| gemm(c, a, b, beta, &NoEpilogue));
+        let biased = run(&|c| gemm(c, a, b, beta, &Affine::bias(&bias)));
+        let all = Affine { bias: Some(&bias), activation: Square, residual: Some(residual) };
+        let all = run(&|c| gemm(c, a, b, beta, &all));
+        for i in 0..m * n {
+            let x = plain[i] + bias[i % n];
+            assert_eq!(biased[i], x);
+            assert_eq!(all[i], residual.at(i / n, i % n) + x * x);
+        }
+    }
+}
+
+#[test]
+fn epilogues() {
+    for (m, n, k) in [(1, 1, 1), (3, 19, 0), (7, 50, 300), (200, 300, 50), (30, 4200, 530)] {
+        epilogues_match::<f32>(m, n, k);
+    }
+    epilogues_match::<f64>(13, 29, 31);
+}
+
+#[test]
+fn wrong_shapes_are_errors() {
+    use crate::error::Error;
+    let data = [0.0f32; 12];
+    let a = Mat::new(&data, 3, 4).unwrap();
+    assert!(matches!(Mat::new(&data, 4, 4), Err(Error::Shape(_))));
+    assert!(matches!(Mat::with_strides(&data, 2, 2, usize::MAX, 2), Err(Error::Shape(_))));
+    assert!(matches!(a.rows(2..4), Err(Error::Shape(_))));
+    assert!(matches!(a.columns(0..5), Err(Error::Shape(_))));
+    let mut out = [0.0f32; 12];
+    assert!(matches!(MatMut::with_stride(&mut out, 2, 4, 3), Err(Error::Shape(_))));
+    let mut try_shape = |m, n, b: Mat<f32>| gemm(MatMut::new(&mut out, m, n).unwrap(), a, b, Beta::Assign, &NoEpilogue);
+    assert!(matches!(try_shape(3, 3, a), Err(Error::Shape(text)) if text.contains("4 rows")));
+    assert!(matches!(try_shape(2, 3, a.t()), Err(Error::Shape(_))));
+    assert!(try_shape(3, 3, a.t()).is_ok());
+    let c = MatMut::new(&mut out, 3, 3).unwrap();
+    let error = gemm(c, a, a.t(), Beta::Assign, &Affine::bias(&data[..4])).unwrap_err();
+    assert!(matches!(error, Error::Shape(text) if text.contains("bias")));
+}

@@ -1,0 +1,145 @@
+//! The micro-kernel: a tile of C in registers, one multiply-add per element and step along K.
+
+// Loops over rows, panels and vectors read like the formula; iterators would hide it.
+#![allow(clippy::needless_range_loop)]
+
+use crate::simd::{Float, Simd};
+
+/// Depth of a block along K: its panel of B (KC · NR numbers) stays in the L1 cache while the rows of A pass by. No bit
+/// depends on it, because the accumulators of a later block start from C.
+pub(super) const KC: usize = 256;
+
+/// Where a tile finds its operands. Strides are in elements; nothing is read or written outside of the tile's
+/// `rows` x `k`, `k` x `cols` and `rows` x `cols` elements.
+#[derive(Clone, Copy)]
+pub(super) struct Operands<T> {
+    pub k: usize,
+    pub a: *const T,
+    pub a_row: usize,
+    pub a_k: usize,
+    pub b: *const T,
+    pub b_k: usize,
+    /// From the first column of one panel of B to the first of the next.
+    pub b_panel: usize,
+    pub c: *mut T,
+    pub c_row: usize,
+    /// Start from C instead of +0.
+    pub accumulate: bool,
+}
+
+/// Panels that are worth computing side by side, so that few rows still keep the multipliers busy.
+pub(super) const fn panels_at_once(rows: usize) -> usize {
+    match rows {
+        1 => 4,
+        2 | 3 => 2,
+        _ => 1,
+    }
+}
+
+/// `panels` whole panels of B times `rows` ≤ TILE_ROWS rows of A; more than one panel for what `panels_at_once` allows.
+/// # Safety
+/// The operands are valid as `Operands` says, with C not aliased.
+#[inline(always)]
+pub(super) unsafe fn whole<T: Float, S: Simd<T>>(s: S, rows: usize, panels: usize, o: &Operands<T>) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match (S::TILE_VECTORS, panels, rows) {
+            (1, 4, _) => tile::<T, S, 1, 4, 1, false>(s, o, 0),
+            (1, 2, 2) => tile::<T, S, 2, 2, 1, false>(s, o, 0),
+            (1, 2, _) => tile::<T, S, 3, 2, 1, false>(s, o, 0),
+            (1, ..) => single::<T, S, 1, false>(s, rows, o, 0),
+            (_, 4, _) => tile::<T, S, 1, 4, 2, false>(s, o, 0),
+            (_, 2, 2) => tile::<T, S, 2, 2, 2, false>(s, o, 0),
+            (_, 2, _) => tile::<T, S, 3, 2, 2, false>(s, o, 0),
+            _ => single::<T, S, 2, false>(s, rows, o, 0),
+        }
+    }
+}
+
+/// The first `cols` columns of one panel of B times `rows` rows of A.
+/// # Safety
+/// As for `whole`.
+#[inline(always)]
+pub(super) unsafe fn partial<T: Float, S: Simd<T>>(s: S, rows: usize, cols: usize, o: &Operands<T>) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match S::TILE_VECTORS {
+            1 => single::<T, S, 1, true>(s, rows, o, cols),
+            _ => single::<T, S, 2, true>(s, rows, o, cols),
+        }
+    }
+}
+
+/// One panel, any number of rows.
+#[inline(always)]
+unsafe fn single<T: Float, S: Simd<T>, const V: usize, const PART: bool>(
+    s: S,
+    rows: usize,
+    o: &Operands<T>,
+    cols: usize,
+) {
+    macro_rules! choose {
+        ($($r:literal)*) => {
+            match rows {
+                // SAFETY: the caller's promise.
+                $($r if $r <= S::TILE_ROWS => unsafe { tile::<T, S, $r, 1, V, PART>(s, o, cols) },)*
+                _ => unreachable!("a tile has at most TILE_ROWS rows"),
+            }
+        };
+    }
+    choose!(1 2 3 4 5 6 7 8 9 10 11 12)
+}
+
+/// R rows, P panels of V vectors; only the first `cols` columns where PART.
+#[inline(always)]
+unsafe fn tile<T: Float, S: Simd<T>, const R: usize, const P: usize, const V: usize, const PART: bool>(
+    s: S,
+    o: &Operands<T>,
+    cols: usize,
+) {
+    // Columns of vector v that are in use.
+    let used = |v: usize| cols.saturating_sub(v * S::LANES).min(S::LANES);
+    let used: [usize; V] = std::array::from_fn(used);
+    let mut sum = [[[s.zero(); V]; P]; R];
+    // SAFETY: the caller's promise; parts of vectors are read and written under masks.
+    unsafe {
+        if o.accumulate {
+            for r in 0..R {
+                for p in 0..P {
+                    for v in 0..V {
+                        let c = o.c.add(r * o.c_row + (p * V + v) * S::LANES);
+                        sum[r][p][v] = if PART { s.load_ptr_first(c, used[v], T::ZERO) } else { s.load_ptr(c) };
+                    }
+                }
+            }
+        }
+        let (mut a, mut b) = (o.a, o.b);
+        for _ in 0..o.k {
+            let mut row = [[s.zero(); V]; P];
+            for p in 0..P {
+                for v in 0..V {
+                    let b = b.add(p * o.b_panel + v * S::LANES);
+                    row[p][v] = if PART { s.load_ptr_first(b, used[v], T::ZERO) } else { s.load_ptr(b) };
+                }
+            }
+            for r in 0..R {
+                let x = s.splat(*a.add(r * o.a_row));
+                for p in 0..P {
+                    for v in 0..V {
+                        sum[r][p][v] = s.mul_add(x, row[p][v], sum[r][p][v]);
+                    }
+                }
+            }
+            a = a.wrapping_add(o.a_k);
+            b = b.wrapping_add(o.b_k);
+        }
+        for r in 0..R {
+            for p in 0..P {
+                for v in 0..V {
+                    let c = o.c.add(r * o.c_row + (p * V + v) * S::LANES);
+                    if PART { s.store_ptr_first(sum[r][p][v], c, used[v]) } else { s.store_ptr(sum[r][p][v], c) }
+                }
+            }
+        }
+    }
+}
