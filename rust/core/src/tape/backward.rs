@@ -3,6 +3,7 @@
 use super::{Grads, Node, ParamId, Params, Pool, Slot, Tape, Tensor, Var};
 use crate::error::Result;
 use crate::kernels::Beta;
+use crate::kernels::elementwise::add_assign;
 use crate::simd::Float;
 use crate::{bail, ensure};
 
@@ -144,11 +145,6 @@ impl<T: Float> Tape<T> {
         }
         Ok(VarGrads { dvars })
     }
-}
-
-fn add_assign<T: Float>(y: &mut [T], x: &[T]) -> Result<()> {
-    use crate::threads::{GRAIN, for_each};
-    for_each(y.chunks_mut(GRAIN).zip(x.chunks(GRAIN)), |(y, x)| y.iter_mut().zip(x).for_each(|(y, x)| *y += *x))
 }
 
 #[cfg(test)]

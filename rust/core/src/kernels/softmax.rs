@@ -1,0 +1,234 @@
+//! Softmax over a row, the logarithm of its denominator, and the loss made of it.
+//!
+//! A row is read in blocks of [`BLOCK`] columns counted from column 0. The loss in training, `score` and decoding all use
+//! [`log_sum_exp`], so that a token's log-probability has the same bits everywhere.
+
+use super::lanes::{largest, map, sums};
+use super::task_len;
+use crate::error::Result;
+use crate::kernel;
+use crate::simd::{Float, Simd, math};
+use crate::threads::for_each;
+
+/// Columns that are summed relative to one maximum. Part of the numeric contract: another value gives other bits.
+pub const BLOCK: usize = 512;
+
+/// ln Σ eˣ of a row, as its maximum and the rest: x − max − ln Σ e^(x − max) keeps the digits that one number would lose.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LogSumExp<T> {
+    /// The largest x.
+    pub max: T,
+    /// Σ e^(x − max)
+    pub sum: T,
+    /// Its logarithm.
+    pub log: T,
+}
+
+impl<T: Float> LogSumExp<T> {
+    /// The logarithm of softmax at an element x of the row.
+    pub fn log_probability(&self, x: T) -> T {
+        (x - self.max) - self.log
+    }
+
+    #[inline(always)]
+    fn of<S: Simd<T>>(s: S, x: &[T]) -> Self {
+        let (mut max, mut sum) = (T::NEG_INFINITY, T::ZERO);
+        for block in x.chunks(BLOCK) {
+            let before = max;
+            let highest = largest(s, block);
+            max = if highest > before { highest } else { before };
+            // Nothing but −∞ so far: any finite shift keeps the sum 0.
+            let shift = if max == T::NEG_INFINITY { T::ZERO } else { max };
+            let at = s.splat(shift);
+            let [block_sum] = sums(
+                s,
+                [block],
+                #[inline(always)]
+                |[x]| [math::exp(s, s.sub(x, at))],
+            );
+            sum = if before == max { sum + block_sum } else { sum * (before - shift).exp() + block_sum };
+        }
+        LogSumExp { max, sum, log: sum.ln() }
+    }
+
+    /// softmax = e^(x − max) / sum, element by element.
+    #[inline(always)]
+    fn probability<S: Simd<T>>(self, s: S) -> impl Fn(S::V) -> S::V {
+        let (max, inverse) = (s.splat(self.max), s.splat(T::ONE / self.sum));
+        #[inline(always)]
+        move |x| s.mul(math::exp(s, s.sub(x, max)), inverse)
+    }
+}
+
+kernel! {
+    /// ln Σ eˣ of one row. A NaN in the row makes it NaN.
+    pub fn log_sum_exp<'a, T>(s: S; x: &'a [T]) -> LogSumExp<T> {
+        LogSumExp::of(s, x)
+    }
+}
+
+/// y = softmax(x), row by row.
+pub fn softmax_forward<T: Float>(y: &mut [T], x: &[T], cols: usize) -> Result<()> {
+    kernel! {
+        fn rows<'a, T>(s: S; y: &'a mut [T], x: &'a [T], cols: usize) {
+            for (y, x) in y.chunks_mut(cols).zip(x.chunks(cols)) {
+                let probability = LogSumExp::of(s, x).probability(s);
+                map(s, [y], [x], #[inline(always)] |_, [x]| [probability(x)]);
+            }
+        }
+    }
+    let n = task_len(cols);
+    for_each(y.chunks_mut(n).zip(x.chunks(n)), |(y, x)| rows(y, x, cols.max(1)))
+}
+
+/// dx = y · (dy − Σ dy · y), row by row, in the place of dy.
+pub fn softmax_backward<T: Float>(dy_dx: &mut [T], y: &[T], cols: usize) -> Result<()> {
+    kernel! {
+        fn rows<'a, T>(s: S; dy: &'a mut [T], y: &'a [T], cols: usize) {
+            for (dy, y) in dy.chunks_mut(cols).zip(y.chunks(cols)) {
+                let [dot] = sums(s, [&*dy, y], #[inline(always)] |[dy, y]| [s.mul(dy, y)]);
+                let dot = s.splat(dot);
+                map(s, [dy], [y], #[inline(always)] |[dy], [y]| [s.mul(y, s.sub(dy, dot))]);
+            }
+        }
+    }
+    let n = task_len(cols);
+    for_each(dy_dx.chunks_mut(n).zip(y.chunks(n)), |(dy, y)| rows(dy, y, cols.max(1)))
+}
+
+/// The target of a row that counts for nothing.
+pub const IGNORE: u32 = u32::MAX;
+
+/// What the loss of one row is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct RowLoss {
+    /// (1 − ε) · nll + ε / V · Σ (−log p)
+    pub smoothed: f64,
+    /// −log p of the target.
+    pub nll: f64,
+}
+
+/// The loss of rows of logits against their targets, with label smoothing ε uniform over the vocabulary
+/// (Szegedy and others 2016). With `dloss`, the gradient of the summed loss, the logits are replaced by theirs:
+/// dloss · (softmax − (1 − ε) · onehot(target) − ε / V). Rows whose target is [`IGNORE`] get zeros.
+pub fn cross_entropy_rows<T: Float>(
+    losses: &mut [RowLoss],
+    logits: &mut [T],
+    targets: &[u32],
+    cols: usize,
+    smoothing: f64,
+    dloss: Option<T>,
+) -> Result<()> {
+    kernel! {
+        fn row<'a, T>(s: S; logits: &'a mut [T], target: usize, smoothing: f64, dloss: Option<T>) -> RowLoss {
+            let v = logits.len() as f64;
+            let lse = LogSumExp::of(s, logits);
+            let nll = -lse.log_probability(logits[target]).to_f64();
+            let mut smoothed = nll;
+            if smoothing > 0.0 {
+                // Σ −log p = V · log − Σ (x − max)
+                let max = s.splat(lse.max);
+                let [sum] = sums(s, [&*logits], #[inline(always)] |[x]| [s.sub(x, max)]);
+                let uniform = lse.log.to_f64() - sum.to_f64() / v;
+                smoothed = (1.0 - smoothing) * nll + smoothing * uniform;
+            }
+            if let Some(dloss) = dloss {
+                let probability = lse.probability(s);
+                let (scale, share) = (s.splat(dloss), s.splat(dloss * T::from_f64(smoothing / v)));
+                map(s, [&mut *logits], [], #[inline(always)] |[x], []| [s.sub(s.mul(scale, probability(x)), share)]);
+                logits[target] -= dloss * T::from_f64(1.0 - smoothing);
+            }
+            RowLoss { smoothed, nll }
+        }
+    }
+    let n = task_len(cols);
+    let rows = n / cols.max(1);
+    let tasks = losses.chunks_mut(rows).zip(logits.chunks_mut(n)).zip(targets.chunks(rows));
+    for_each(tasks, |((losses, logits), targets)| {
+        for ((loss, logits), &target) in losses.iter_mut().zip(logits.chunks_mut(cols)).zip(targets) {
+            if target != IGNORE {
+                *loss = row(logits, target as usize, smoothing, dloss);
+            } else {
+                *loss = RowLoss::default();
+                if dloss.is_some() {
+                    logits.fill(T::ZERO);
+                }
+            }
+        }
+    })
+}
+
+/// [`softmax_forward`] in plain words.
+pub fn softmax_reference<T: Float>(y: &mut [T], x: &[T], cols: usize) {
+    for (y, x) in y.chunks_mut(cols).zip(x.chunks(cols)) {
+        let max = x.iter().fold(f64::NEG_INFINITY, |max, x| max.max(x.to_f64()));
+        let sum: f64 = x.iter().map(|x| libm::exp(x.to_f64() - max)).sum();
+        y.iter_mut().zip(x).for_each(|(y, x)| *y = T::from_f64(libm::exp(x.to_f64() - max) / sum));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::testing::{assert_close, normal};
+
+    fn check<T: Float>(rows: usize, cols: usize, tolerance: f64) {
+        let x: Vec<T> = normal::<T>(rows * cols, 3).into_iter().map(|x| x * T::from_f64(8.0)).collect();
+        let (mut y, mut expected) = (vec![T::NAN; x.len()], vec![T::NAN; x.len()]);
+        softmax_forward(&mut y, &x, cols).unwrap();
+        softmax_reference(&mut expected, &x, cols);
+        assert_close(&y, &expected, tolerance);
+
+        // The loss and its gradient against the same softmax.
+        let targets: Vec<u32> = (0..rows).map(|r| if r % 4 == 3 { IGNORE } else { (r * 5 % cols) as u32 }).collect();
+        for smoothing in [0.0, 0.1] {
+            let mut losses = vec![RowLoss { smoothed: f64::NAN, nll: f64::NAN }; rows];
+            let mut gradient = x.clone();
+            cross_entropy_rows(&mut losses, &mut gradient, &targets, cols, smoothing, Some(T::from_f64(2.0))).unwrap();
+            for r in 0..rows {
+                let row = r * cols..(r + 1) * cols;
+                if targets[r] == IGNORE {
+                    assert_eq!(losses[r], RowLoss::default());
+                    assert!(gradient[row].iter().all(|g| *g == T::ZERO));
+                    continue;
+                }
+                let target = targets[r] as usize;
+                let reference = log_sum_exp(&x[row.clone()]);
+                let nll = |c: usize| -reference.log_probability(x[r * cols + c]).to_f64();
+                let uniform = (0..cols).map(nll).sum::<f64>() / cols as f64;
+                assert_eq!(losses[r].nll, nll(target));
+                assert!((losses[r].nll + libm::log(expected[r * cols + target].to_f64())).abs() < 20.0 * tolerance);
+                let smoothed = (1.0 - smoothing) * nll(target) + smoothing * uniform;
+                assert!((losses[r].smoothed - smoothed).abs() < 10.0 * tolerance, "{:?} {smoothed}", losses[r]);
+                for (c, g) in gradient[row.clone()].iter().enumerate() {
+                    let one_hot = if c == target { 1.0 - smoothing } else { 0.0 };
+                    let expected = 2.0 * (expected[row.start + c].to_f64() - one_hot - smoothing / cols as f64);
+                    assert!((g.to_f64() - expected).abs() < 10.0 * tolerance);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn softmax_and_loss_equal_their_references() {
+        for (rows, cols) in
+            [(0, 3), (1, 1), (5, 2), (7, 9), (4, BLOCK - 1), (4, BLOCK), (4, BLOCK + 1), (5, 3 * BLOCK + 40)]
+        {
+            check::<f32>(rows, cols, 2e-6);
+            check::<f64>(rows, cols, 1e-13);
+        }
+    }
+
+    #[test]
+    fn extremes_stay_finite_and_nan_stays_in_its_row() {
+        let mut x = vec![f32::NEG_INFINITY; 3 * 700];
+        (x[600], x[699]) = (80.0, 80.0); // the first block holds nothing but −∞
+        x[700..1400].fill(-1e30);
+        x[1500] = f32::NAN;
+        let mut y = vec![0.0; x.len()];
+        softmax_forward(&mut y, &x, 700).unwrap();
+        assert_eq!((y[600], y[699], y[0]), (0.5, 0.5, 0.0));
+        assert!(y[700..1400].iter().all(|y| (y - 1.0 / 700.0).abs() < 1e-9));
+        assert!(y[1400..].iter().all(|y| y.is_nan()));
+    }
+}
