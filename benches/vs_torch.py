@@ -79,8 +79,11 @@ class Job:
         rng = np.random.default_rng(0)
         full = np.full(self.shape.batch, self.shape.length)
         source, target = (rng.integers(n // 4, n + 1) if self.ragged else n for n in (full, full))
-        draw = lambda n: rng.integers(FIRST_ID, self.shape.vocab, n)  # noqa: E731
-        return [draw(n) for n in source], [draw(n - 1) for n in target]
+
+        def draw(lengths: Any) -> Ids:
+            return [rng.integers(FIRST_ID, self.shape.vocab, length) for length in lengths]
+
+        return draw(source), draw(target - 1)
 
 
 class Side(Protocol):

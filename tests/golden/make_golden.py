@@ -241,7 +241,8 @@ def names() -> list[str]:
 def main() -> None:
     for name in names():
         path = FOLDER / f"{name}.npz"
-        np.savez_compressed(path, **build(name, seed=0))
+        arrays: dict[str, Any] = dict(build(name, seed=0))
+        np.savez_compressed(path, **arrays)
         print(f"{path.name:<28}{path.stat().st_size:>8} bytes")
 
 
