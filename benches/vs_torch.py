@@ -168,7 +168,7 @@ class Torch:
         loss.backward()
         self.torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
         self.optimizer.step()
-        return float(loss)
+        return float(loss.item())
 
 
 SIDES: dict[str, type[Ours] | type[Torch]] = {"ours": Ours, "torch": Torch}

@@ -1,0 +1,54 @@
+"""The package as it is installed: light to depend on, quick to import, and nothing happens at import."""
+
+import importlib.metadata
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import transformer_rs as tr
+
+IMPORT_MS = 60.0
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout.strip()
+
+
+def test_numpy_is_all_it_needs() -> None:
+    needed = [need for need in importlib.metadata.requires("transformer_rs") or [] if "extra ==" not in need]
+    assert needed == ["numpy>=1.26"]
+
+
+def test_version_has_one_source() -> None:
+    assert tr.__version__ == importlib.metadata.version("transformer_rs")
+
+
+def test_types_are_shipped() -> None:
+    folder = Path(tr.__file__).parent
+    assert (folder / "py.typed").is_file()
+    assert (folder / "_core.pyi").is_file()
+    assert (folder / "__init__.py").stat().st_size > 0
+
+
+def test_import_is_quick() -> None:
+    """Beyond NumPy, in the processor time that a busy machine does not stretch; the median of five."""
+    code = "import time, numpy; start = time.process_time(); import transformer_rs; print(time.process_time() - start)"
+    milliseconds = statistics.median(1e3 * float(python(code)) for _ in range(5))
+    assert milliseconds <= IMPORT_MS
+
+
+def test_import_starts_no_thread_and_touches_nothing() -> None:
+    code = """
+import os, signal, sys, numpy
+def state():
+    return (len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")), os.getcwd(), dict(os.environ),
+            numpy.geterr(), [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)])
+before, modules = state(), set(sys.modules)
+import transformer_rs
+assert state() == before, (before, state())
+heavy = {"tqdm", "torch", "matplotlib", "numpy.testing", "asyncio", "multiprocessing"} & (set(sys.modules) - modules)
+print(sorted(heavy))
+"""
+    assert python(code) == "[]"
