@@ -1,10 +1,19 @@
 //! NumPy in, NumPy out: the Python border of `transformer_core`.
 
+pub mod arrays;
+pub mod door;
+pub mod errors;
+pub mod threads;
+
 use pyo3::prelude::*;
 
 /// The compiled part of `transformer_rs`.
-#[pymodule]
+#[pymodule(gil_used = true)]
 mod _core {
     #[pymodule_export]
+    #[allow(non_upper_case_globals)]
     const __version__: &str = env!("CARGO_PKG_VERSION");
+
+    #[pymodule_export]
+    use crate::threads::{build_info, get_num_threads, set_num_threads};
 }

@@ -1,0 +1,66 @@
+"""Transformers on CPUs: train, fine-tune and serve from NumPy arrays.
+
+>>> import transformer_rs as tr
+>>> tr.build_info()["isa"] in ("portable", "avx2", "avx512")
+True
+"""
+
+from typing import Any
+
+from . import _core, errors
+from ._core import __version__
+from .errors import (
+    CheckpointError,
+    ConfigError,
+    DTypeError,
+    InternalError,
+    NonFiniteError,
+    OutOfMemoryError,
+    PullbackError,
+    ShapeError,
+    StorageError,
+    TokenOutOfRangeError,
+    TransformerRsError,
+    UnsupportedError,
+)
+from .threads import get_num_threads, num_threads, set_num_threads
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DTypeError",
+    "InternalError",
+    "NonFiniteError",
+    "OutOfMemoryError",
+    "PullbackError",
+    "ShapeError",
+    "StorageError",
+    "TokenOutOfRangeError",
+    "TransformerRsError",
+    "UnsupportedError",
+    "__version__",
+    "build_info",
+    "errors",
+    "get_num_threads",
+    "num_threads",
+    "set_num_threads",
+]
+
+
+def build_info() -> dict[str, Any]:
+    """Say what this build is and what it uses on this machine.
+
+    Returns:
+        ``version``; ``isa`` in use and ``best_isa`` of the CPU (``portable``, ``avx2``, ``avx512``);
+        ``avx512_bf16`` and ``avx512_vnni`` of the CPU; ``threads``; ``target``, ``profile`` and ``rustc`` of the
+        build; ``libraries`` with their versions.
+
+    Raises:
+        ConfigError: ``TRANSFORMER_RS_ISA`` names no instruction set.
+        UnsupportedError: It names one that this CPU lacks.
+
+    >>> import transformer_rs as tr
+    >>> sorted(tr.build_info()["libraries"])
+    ['ndarray', 'numpy', 'pyo3', 'rayon', 'safetensors']
+    """
+    return _core.build_info()

@@ -1,0 +1,247 @@
+"""What users pass, brought into the form the compiled part takes: C order, aligned, native f32, f64, int64 or bool."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import DTypeError, ShapeError, TokenOutOfRangeError
+
+FloatArray: TypeAlias = NDArray[np.floating[Any]]
+"""An array of f32 or f64."""
+IntArray: TypeAlias = NDArray[np.int64]
+BoolArray: TypeAlias = NDArray[np.bool_]
+ArrayLike: TypeAlias = Any
+"""Whatever NumPy, or DLPack, can see as an array."""
+
+
+def as_array(op: str, name: str, value: ArrayLike) -> NDArray[Any]:
+    """See `value` as an array, without a copy where that is possible."""
+    if isinstance(value, np.ndarray):
+        return value
+    try:
+        if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
+            return np.from_dlpack(value)
+        return np.asarray(value)
+    except Exception as error:
+        if isinstance(error, ValueError) and "inhomogeneous" in str(error):
+            message = f"{op}: argument `{name}`: expected an array, got nested sequences of different lengths"
+            raise ShapeError(message) from None
+        message = f"{op}: argument `{name}`: {type(value).__name__} cannot be read as an array on the CPU ({error})"
+        raise DTypeError(f"{message}; pass a NumPy array") from error
+
+
+def _float_type(op: str, name: str, array: NDArray[Any]) -> np.dtype[Any]:
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        remedy = "convert it to float32 or float64"
+        raise DTypeError(f"{op}: argument `{name}`: expected floats, got {array.dtype}; {remedy}")
+    return np.dtype(np.float32) if array.dtype.itemsize < 8 else np.dtype(np.float64)
+
+
+def as_float(op: str, name: str, value: ArrayLike, dtype: Any = np.float32) -> FloatArray:
+    """One array of floats as `dtype`."""
+    array = as_array(op, name, value)
+    _float_type(op, name, array)
+    return np.require(array, dtype, ["C", "A"])
+
+
+def as_floats(op: str, **values: ArrayLike | None) -> tuple[FloatArray | None, ...]:
+    """Arrays of floats in their common type: f64 if one of them is f64, f32 otherwise. None stays None."""
+    arrays = {name: as_array(op, name, value) for name, value in values.items() if value is not None}
+    dtype = np.result_type(*[_float_type(op, name, array) for name, array in arrays.items()])
+    ready = {name: np.require(array, dtype, ["C", "A"]) for name, array in arrays.items()}
+    return tuple(ready.get(name) for name in values)
+
+
+def as_bool(op: str, name: str, value: ArrayLike) -> BoolArray:
+    """An array of truth values; nothing else is taken for one."""
+    array = as_array(op, name, value)
+    if array.dtype != np.bool_:
+        raise DTypeError(f"{op}: argument `{name}`: expected booleans, got {array.dtype}")
+    return np.require(array, np.bool_, ["C", "A"])
+
+
+def as_ints(op: str, name: str, value: ArrayLike) -> IntArray:
+    """An array of whole numbers of any integer kind, as int64."""
+    array = as_array(op, name, value)
+    if array.size == 0 and not isinstance(value, np.ndarray) and not hasattr(value, "dtype"):
+        array = array.astype(np.int64)  # an empty list has no type of its own
+    if array.dtype.kind not in "iu":
+        raise DTypeError(f"{op}: argument `{name}`: expected integers, got {array.dtype}; convert with .astype(int)")
+    if array.dtype == np.uint64 and array.size and int(array.max()) > np.iinfo(np.int64).max:
+        raise TokenOutOfRangeError(f"{op}: argument `{name}`: {int(array.max())} is beyond every vocabulary")
+    return np.require(array, np.int64, ["C", "A"])
+
+
+def as_lengths(op: str, name: str, value: ArrayLike, batch: int, longest: int, empty: bool = False) -> IntArray:
+    """One length per sequence, from 1 (with `empty` from 0) to `longest`."""
+    lengths = as_ints(op, name, value)
+    if lengths.shape != (batch,):
+        message = f"expected {batch} lengths, one per sequence, got shape {lengths.shape}"
+        raise ShapeError(f"{op}: argument `{name}`: {message}")
+    least = 0 if empty else 1
+    for row in np.flatnonzero((lengths < least) | (lengths > longest))[:1]:
+        message = f"expected lengths from {least} to {longest}, got {lengths[row]} for row {row}"
+        raise ShapeError(f"{op}: argument `{name}`: {message}")
+    return lengths
+
+
+def check_range(op: str, name: str, ids: IntArray, vocabulary: int, rows: str = "index") -> None:
+    """Refuse ids that are negative or not below `vocabulary`, naming the first."""
+    if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
+        first = np.argwhere((ids < 0) | (ids >= vocabulary))[0]
+        place = f"row {first[0]}, column {first[1]}" if len(first) == 2 else f"{rows} {', '.join(map(str, first))}"
+        message = f"id {ids[tuple(first)]} at {place} is outside the vocabulary of {vocabulary}"
+        raise TokenOutOfRangeError(f"{op}: argument `{name}`: {message} (0 to {vocabulary - 1})")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Where the sequences of a batch lie among packed rows, and how the user wants results back."""
+
+    lengths: IntArray
+    """(B,)"""
+    width: int | None
+    """The padded length T of an array; None for a list."""
+
+    @property
+    def keep(self) -> BoolArray:
+        """(B, T): True where a padded array is real."""
+        width = int(self.lengths.max(initial=0)) if self.width is None else self.width
+        return np.arange(width) < self.lengths[:, None]
+
+    def give_back(self, rows: NDArray[Any]) -> Any:
+        """Packed rows (R, ...) as a list of (T_i, ...) or as a padded array (B, T, ...) with zeros at padding."""
+        if self.width is None:
+            return np.split(rows, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
+        padded = np.zeros((len(self.lengths), self.width, *rows.shape[1:]), rows.dtype)
+        padded[self.keep] = rows
+        return padded
+
+
+@dataclass(frozen=True)
+class Ids(Batch):
+    """Token ids of a batch, packed: one sequence after the other."""
+
+    ids: IntArray
+    """(R,)"""
+
+    def sequences(self) -> list[IntArray]:
+        """The ids of each sequence."""
+        return np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
+
+
+def is_list(value: Any) -> bool:
+    """A list or tuple is a ragged batch, whatever is in it."""
+    return isinstance(value, list | tuple)
+
+
+def as_ids(
+    op: str,
+    name: str,
+    value: ArrayLike,
+    *,
+    vocabulary: int,
+    lengths: ArrayLike | None = None,
+    lengths_name: str = "lengths",
+    pad_id: int | None = None,
+    empty: bool = False,
+) -> Ids:
+    """Token ids of a batch.
+
+    A list or tuple is a ragged batch, a 2-D array a padded one. `lengths` says what is real; without it a trailing run
+    of `pad_id` is padding, and `pad_id` elsewhere an error. Every real id is checked against `vocabulary`. With
+    `empty`, sequences may have no ids.
+    """
+    if is_list(value):
+        given = [_sequence(op, name, i, sequence) for i, sequence in enumerate(value)]
+        wide = np.array([len(sequence) for sequence in given], np.int64)
+        padded = np.zeros((len(given), int(wide.max(initial=0))), np.int64)
+        padded[np.arange(padded.shape[1]) < wide[:, None]] = np.concatenate([np.zeros(0, np.int64), *given])
+        width = None
+    else:
+        if isinstance(value, str | bytes) or not (hasattr(value, "__array__") or hasattr(value, "__dlpack__")):
+            message = f"expected a list of sequences of ids or a 2-D array, got {type(value).__name__}"
+            raise DTypeError(f"{op}: argument `{name}`: {message}")
+        padded = as_ints(op, name, value)
+        if padded.ndim == 1:
+            raise ShapeError(f"{op}: argument `{name}`: expected a batch, got one sequence; pass [ids]")
+        if padded.ndim != 2:
+            message = f"expected a 2-D array (B, T) or a list of sequences, got shape {padded.shape}"
+            raise ShapeError(f"{op}: argument `{name}`: {message}")
+        width = padded.shape[1]
+        wide = np.full(len(padded), width, np.int64)
+    if len(padded) == 0:
+        raise ShapeError(f"{op}: argument `{name}`: the batch is empty; pass at least one sequence")
+    if lengths is not None:
+        real = as_lengths(op, lengths_name, lengths, len(padded), padded.shape[1], empty)
+        for row in np.flatnonzero(real > wide)[:1]:
+            message = f"got {real[row]} for row {row}, whose sequence has {wide[row]} ids"
+            raise ShapeError(f"{op}: argument `{lengths_name}`: {message}")
+    elif pad_id is not None:
+        inside = np.arange(padded.shape[1]) < wide[:, None]
+        tokens = inside & (padded != pad_id)
+        real = np.where(tokens.any(1), padded.shape[1] - np.argmax(tokens[:, ::-1], 1), 0).astype(np.int64)
+        for row, column in np.argwhere(~tokens & (np.arange(padded.shape[1]) < real[:, None]))[:1]:
+            message = f"pad_id {pad_id} stands inside a sequence, at row {row}, column {column}"
+            raise ShapeError(
+                f"{op}: argument `{name}`: {message}; it may stand at the end alone, or pass {lengths_name}="
+            )
+    else:
+        real = wide
+    if not empty:
+        for row in np.flatnonzero(real == 0)[:1]:
+            raise ShapeError(f"{op}: argument `{name}`: row {row} has no ids; every sequence needs one at least")
+    keep = np.arange(padded.shape[1]) < real[:, None]
+    check_range(op, name, np.where(keep, padded, 0), vocabulary)
+    return Ids(real, width, padded[keep])
+
+
+def _sequence(op: str, name: str, i: int, sequence: Any) -> IntArray:
+    if isinstance(sequence, int | np.integer) and not isinstance(sequence, bool):
+        raise ShapeError(f"{op}: argument `{name}`: expected a list of sequences, got a list of ids; pass [ids]")
+    ids = as_ints(op, f"{name}[{i}]", sequence)
+    if ids.ndim != 1:
+        raise ShapeError(f"{op}: argument `{name}[{i}]`: expected one sequence of ids, got shape {ids.shape}")
+    return ids
+
+
+def as_rows(
+    op: str, name: str, value: ArrayLike, lengths: ArrayLike | None, lengths_name: str = "lengths"
+) -> tuple[FloatArray, Batch]:
+    """Vectors of a batch as packed rows (R, D) of f32: a list of (T_i, D) arrays, or a (B, T, D) array."""
+    if is_list(value):
+        given = [as_float(op, f"{name}[{i}]", sequence) for i, sequence in enumerate(value)]
+        if not given:
+            raise ShapeError(f"{op}: argument `{name}`: the batch is empty; pass at least one sequence")
+        for i, sequence in enumerate(given):
+            if sequence.ndim != 2 or sequence.shape[1] != given[0].shape[-1]:
+                expected = f"(T, {given[0].shape[-1]})" if i and given[0].ndim == 2 else "(T, D)"
+                message = f"expected an array of shape {expected}, got {sequence.shape}"
+                raise ShapeError(f"{op}: argument `{name}[{i}]`: {message}")
+            if len(sequence) == 0:
+                raise ShapeError(f"{op}: argument `{name}[{i}]`: the sequence is empty")
+        own = np.array([len(sequence) for sequence in given], np.int64)
+        if lengths is not None and not np.array_equal(as_ints(op, lengths_name, lengths), own):
+            message = "a list has its own lengths, and these differ from them"
+            raise ShapeError(f"{op}: argument `{lengths_name}`: {message}")
+        return np.concatenate(given), Batch(own, None)
+    array = as_float(op, name, value)
+    if array.ndim != 3:
+        remedy = "; for one sequence pass [x]" if array.ndim == 2 else ""
+        message = f"expected (B, T, D) or a list of (T, D) arrays, got shape {array.shape}{remedy}"
+        raise ShapeError(f"{op}: argument `{name}`: {message}")
+    n, width, d = array.shape
+    if n == 0 or width == 0:
+        raise ShapeError(f"{op}: argument `{name}`: the batch is empty, shape {array.shape}")
+    if lengths is None:
+        return array.reshape(n * width, d), Batch(np.full(n, width, np.int64), width)
+    batch = Batch(as_lengths(op, lengths_name, lengths, n, width), width)
+    return array[batch.keep], batch
+
+
+def shapes(values: Sequence[Any]) -> str:
+    """Shapes for a message."""
+    return ", ".join(str(np.shape(value)) for value in values)

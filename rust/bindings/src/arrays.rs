@@ -1,0 +1,100 @@
+//! Arrays in and out. The Python shim (`_arrays.py`) brings every input into C order, aligned, in native f32, f64,
+//! int64 or bool; here they are copied into the engine's own buffers while the interpreter is held.
+
+use crate::errors::{DTypeError, TokenOutOfRangeError, raise};
+use numpy::{Element, IntoPyArray, PyArray1, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedArrayMethods};
+use pyo3::prelude::*;
+use transformer_core::simd::Float;
+use transformer_core::tape::Tensor;
+
+/// f32 or f64, on both sides of the border.
+pub trait Real: Float + Element {}
+impl Real for f32 {}
+impl Real for f64 {}
+
+/// A float array as an argument.
+pub enum Floats<'py> {
+    /// Single precision.
+    F32(Bound<'py, PyArrayDyn<f32>>),
+    /// Double precision.
+    F64(Bound<'py, PyArrayDyn<f64>>),
+}
+
+impl<'py> FromPyObject<'_, 'py> for Floats<'py> {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        if let Ok(array) = object.cast::<PyArrayDyn<f32>>() {
+            return Ok(Floats::F32(array.to_owned()));
+        }
+        match object.cast::<PyArrayDyn<f64>>() {
+            Ok(array) => Ok(Floats::F64(array.to_owned())),
+            Err(_) => Err(DTypeError::new_err(format!("expected an f32 or f64 array, got {}", object.get_type()))),
+        }
+    }
+}
+
+impl Floats<'_> {
+    /// Whether it is f64.
+    pub fn is_double(&self) -> bool {
+        matches!(self, Floats::F64(_))
+    }
+
+    /// Its shape.
+    pub fn shape(&self) -> &[usize] {
+        match self {
+            Floats::F32(array) => array.shape(),
+            Floats::F64(array) => array.shape(),
+        }
+    }
+
+    /// Reads its values.
+    pub fn read<T: Real, R>(&self, read: impl FnOnce(&[T]) -> PyResult<R>) -> PyResult<R> {
+        let any = match self {
+            Floats::F32(array) => array.as_any(),
+            Floats::F64(array) => array.as_any(),
+        };
+        match any.cast::<PyArrayDyn<T>>() {
+            Ok(array) => with_slice(array, read),
+            Err(_) => Err(DTypeError::new_err(format!("expected an array of {}, got another float type", T::NAME))),
+        }
+    }
+
+    /// A copy as a `(rows, cols)` matrix.
+    pub fn tensor<T: Real>(&self, rows: usize, cols: usize) -> PyResult<Tensor<T>> {
+        self.read(|values| Tensor::from_slice(rows, cols, values).map_err(raise))
+    }
+
+    /// A copy as it lies.
+    pub fn to_vec<T: Real>(&self) -> PyResult<Vec<T>> {
+        self.read(|values: &[T]| Ok(values.to_vec()))
+    }
+}
+
+/// Reads the values of an array in C order.
+pub fn with_slice<T: Element, R>(
+    array: &Bound<'_, PyArrayDyn<T>>,
+    read: impl FnOnce(&[T]) -> PyResult<R>,
+) -> PyResult<R> {
+    let array: PyReadonlyArrayDyn<'_, T> =
+        array.try_readonly().map_err(|_| DTypeError::new_err("an array is being written by another call"))?;
+    match array.as_slice() {
+        Ok(values) => read(values),
+        Err(_) => Err(DTypeError::new_err("expected an aligned array in C order")),
+    }
+}
+
+/// Token ids as the engine takes them. The shim has checked them against the vocabulary; this is the last fence.
+pub fn token_ids(array: &Bound<'_, PyArray1<i64>>) -> PyResult<Vec<u32>> {
+    with_slice(array.to_dyn(), |ids| {
+        ids.iter()
+            .map(|&id| u32::try_from(id).ok().filter(|&id| id != u32::MAX))
+            .collect::<Option<Vec<u32>>>()
+            .ok_or_else(|| TokenOutOfRangeError::new_err("token ids: expected ids from 0 to 2^32 - 2"))
+    })
+}
+
+/// Moves values out as an array of this shape, without a copy.
+pub fn to_array<'py, T: Real>(py: Python<'py>, values: Vec<T>, shape: &[usize]) -> PyResult<Bound<'py, PyArrayDyn<T>>> {
+    values.into_pyarray(py).reshape(shape.to_vec())
+}

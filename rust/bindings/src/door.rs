@@ -1,0 +1,65 @@
+//! The one door between Python and the engine.
+
+use crate::errors::raise;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use std::any::Any;
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use transformer_core::error::{Error, Result};
+use transformer_core::{simd, threads};
+
+/// Runs `work` without the interpreter, inside a hot section. Signals are looked for at most every 50 ms, and what
+/// a handler raises (Ctrl-C: KeyboardInterrupt) comes out; errors become exceptions, panics included.
+///
+/// Nothing else in this crate lets go of the interpreter. Locks that a long call may hold are taken inside `work`.
+pub fn run<R: Send>(py: Python<'_>, work: impl FnOnce() -> Result<R> + Send) -> PyResult<R> {
+    simd::isa().map_err(raise)?;
+    let limit = context_limit(py)?;
+    let main = on_main_thread(py)?;
+    #[allow(clippy::disallowed_methods)]
+    let (result, raised) = py.detach(|| {
+        let raised = Cell::new(None);
+        let poll = || {
+            let signals = Python::attach(|py| py.check_signals());
+            let stop = signals.is_err();
+            raised.set(signals.err());
+            stop
+        };
+        // Only the main thread runs signal handlers: the others need not ask.
+        let poll: Option<&dyn Fn() -> bool> = if main { Some(&poll) } else { None };
+        let section = || threads::section(poll, work);
+        let limited = || match limit {
+            Some(n) => threads::with_local_limit(n, section),
+            None => section(),
+        };
+        let result = catch_unwind(AssertUnwindSafe(limited)).unwrap_or_else(|panic| Err(Error::Internal(text(panic))));
+        (result, raised.take())
+    });
+    match (result, raised) {
+        (Err(Error::Interrupted), Some(raised)) => Err(raised),
+        (result, _) => result.map_err(raise),
+    }
+}
+
+/// What `with num_threads(n):` says here.
+pub fn context_limit(py: Python<'_>) -> PyResult<Option<usize>> {
+    static LIMIT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    LIMIT.import(py, "transformer_rs.threads", "_limit")?.call_method0("get")?.extract()
+}
+
+fn on_main_thread(py: Python<'_>) -> PyResult<bool> {
+    static GET_IDENT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    static MAIN_THREAD: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let here = GET_IDENT.import(py, "threading", "get_ident")?.call0()?;
+    let main = MAIN_THREAD.import(py, "threading", "main_thread")?.call0()?;
+    here.eq(main.getattr("ident")?)
+}
+
+fn text(panic: Box<dyn Any + Send>) -> String {
+    match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
+        (Some(text), _) => (*text).to_string(),
+        (_, Some(text)) => text.clone(),
+        _ => "a panic without text".to_string(),
+    }
+}
