@@ -1,25 +1,31 @@
 //! The pool, where a test needs it for itself: who takes part, two callers at once, fork, the number of threads.
 //! (A process of its own, so that no other test has the team; within it one test at a time.)
 
+use std::cell::Cell;
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 use transformer_core::error::{Error, Result};
-use transformer_core::threads::{for_each, num_threads, parallel, section, set_num_threads, with_local_limit};
+use transformer_core::threads::{
+    MAX_THREADS, for_each, num_threads, parallel, section, set_num_threads, with_local_limit,
+};
 
 fn alone() -> MutexGuard<'static, ()> {
     static ONE_TEST: Mutex<()> = Mutex::new(());
     ONE_TEST.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// The threads that run `tasks` tasks of 2 ms.
-fn helpers(tasks: usize) -> Result<HashSet<ThreadId>> {
-    let seen = Mutex::new(HashSet::new());
-    parallel(tasks, |_| {
+/// The threads that take part in a region whose tasks wait, for ten seconds at most, until there are `expected`.
+fn helpers(expected: usize) -> Result<HashSet<ThreadId>> {
+    let (start, seen) = (Instant::now(), Mutex::new(HashSet::new()));
+    parallel(expected + 20, |_| {
         seen.lock().unwrap().insert(std::thread::current().id());
-        std::thread::sleep(Duration::from_millis(2));
+        while seen.lock().unwrap().len() < expected && start.elapsed() < Duration::from_secs(10) {
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        std::thread::sleep(Duration::from_micros(500)); // time for one too many
     })?;
     Ok(seen.into_inner().unwrap())
 }
@@ -38,12 +44,12 @@ fn as_many_threads_as_asked_for_take_part() {
     let _alone = alone();
     for threads in [1, 2, 3, 7, 2, 1] {
         with_local_limit(threads, || {
-            assert_eq!(helpers(100).unwrap().len(), threads);
+            assert_eq!(helpers(threads).unwrap().len(), threads);
             section(None, || {
-                let seen = helpers(100)?;
+                let seen = helpers(threads)?;
                 assert_eq!(seen.len(), threads);
                 assert!(seen.contains(&std::thread::current().id()), "the caller is worker 0");
-                assert!(helpers(100)?.is_subset(&seen), "the same threads all along");
+                assert!(helpers(threads)?.is_subset(&seen), "the same threads all along");
                 Ok(())
             })
             .unwrap();
@@ -84,7 +90,7 @@ fn a_second_caller_works_alone_and_does_not_wait() {
                 section(None, || {
                     open.store(true, Ordering::Release);
                     while !done.load(Ordering::Acquire) {
-                        helpers(10)?;
+                        helpers(2)?;
                     }
                     Ok(())
                 })
@@ -93,13 +99,13 @@ fn a_second_caller_works_alone_and_does_not_wait() {
         });
         eventually("the first section opens", || open.load(Ordering::Acquire));
         let start = Instant::now();
-        let seen = with_local_limit(2, || section(None, || helpers(5))).unwrap();
+        let seen = with_local_limit(2, || section(None, || helpers(1))).unwrap();
         let took = start.elapsed();
         done.store(true, Ordering::Release);
         assert_eq!(seen, HashSet::from([std::thread::current().id()]));
-        assert!(took < Duration::from_millis(500), "10 ms of work took {took:?}");
+        assert!(took < Duration::from_millis(500), "some 10 ms of work took {took:?}");
     });
-    assert_eq!(with_local_limit(2, || helpers(100)).unwrap().len(), 2, "the team is free again");
+    assert_eq!(with_local_limit(2, || helpers(2)).unwrap().len(), 2, "the team is free again");
 }
 
 #[test]
@@ -140,13 +146,13 @@ fn the_number_changes_between_sections() {
         set_num_threads(2).unwrap();
         std::thread::spawn(|| set_num_threads(5).unwrap()).join().unwrap();
         assert_eq!(num_threads(), 5);
-        assert_eq!(helpers(100)?.len(), 3, "an open section keeps its threads");
+        assert_eq!(helpers(3)?.len(), 3, "an open section keeps its threads");
         Ok(())
     })
     .unwrap();
-    assert_eq!(helpers(200).unwrap().len(), 5);
+    assert_eq!(helpers(5).unwrap().len(), 5);
     set_num_threads(2).unwrap();
-    assert_eq!(helpers(100).unwrap().len(), 2);
+    assert_eq!(helpers(2).unwrap().len(), 2);
     set_num_threads(0).unwrap();
     assert_eq!(num_threads(), std::thread::available_parallelism().unwrap().get());
     set_num_threads(before).unwrap();
@@ -166,11 +172,11 @@ fn threads_start_with_the_first_region_and_one_thread_needs_none() {
     set_num_threads(63).unwrap(); // a number that no other test leaves behind
     eventually("the old pool goes", || count() == 0);
     set_num_threads(1).unwrap();
-    helpers(3).unwrap();
+    helpers(1).unwrap();
     set_num_threads(4).unwrap();
     parallel(1, |_| ()).unwrap();
     assert_eq!(count(), 0);
-    helpers(3).unwrap();
+    helpers(4).unwrap();
     assert_eq!(count(), 3);
     set_num_threads(before).unwrap();
 }
@@ -206,10 +212,10 @@ fn succeeds_in_child(body: impl FnOnce() -> bool) -> bool {
 fn a_forked_child_gets_threads_of_its_own() {
     let _alone = alone();
     with_local_limit(3, || {
-        assert_eq!(helpers(100).unwrap().len(), 3);
-        let in_child = || helpers(100).unwrap().len() == 3 && succeeds_in_child(|| helpers(100).unwrap().len() == 3);
+        assert_eq!(helpers(3).unwrap().len(), 3);
+        let in_child = || helpers(3).unwrap().len() == 3 && succeeds_in_child(|| helpers(3).unwrap().len() == 3);
         assert!(succeeds_in_child(in_child), "after use, and in a child of the child");
-        assert_eq!(helpers(100).unwrap().len(), 3, "the parent keeps its own");
+        assert_eq!(helpers(3).unwrap().len(), 3, "the parent keeps its own");
     });
     // While another thread, which the child will not have, holds the team in the middle of a region.
     let (open, done) = (AtomicBool::new(false), AtomicBool::new(false));
@@ -222,7 +228,7 @@ fn a_forked_child_gets_threads_of_its_own() {
             with_local_limit(2, || parallel(2, wait)).unwrap();
         });
         eventually("the section opens", || open.load(Ordering::Acquire));
-        let good = succeeds_in_child(|| with_local_limit(3, || helpers(100).unwrap().len() == 3));
+        let good = succeeds_in_child(|| with_local_limit(3, || helpers(3).unwrap().len() == 3));
         done.store(true, Ordering::Release);
         assert!(good, "while the team was taken");
     });
@@ -238,7 +244,7 @@ fn the_environment_sets_the_number() {
             parallel(2, |_| ()).unwrap();
         } else {
             assert_eq!(num_threads().to_string(), expected);
-            assert_eq!(helpers(100).unwrap().len(), num_threads());
+            assert_eq!(helpers(num_threads()).unwrap().len(), num_threads());
         }
         return;
     }
@@ -253,6 +259,85 @@ fn the_environment_sets_the_number() {
             .status()
             .unwrap();
         assert!(status.success(), "{ours:?} {omp:?} {expected:?}");
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn tasks_see_one_float_environment_and_the_caller_keeps_its_own() {
+    use std::hint::black_box;
+    /// Flush to zero, denormals are zero, and the "inexact" flag raised.
+    const CALLERS: u32 = 0x1F80 | 1 << 15 | 1 << 6 | 1 << 5;
+    let get = || {
+        let mut value = 0u32;
+        // SAFETY: stores the register into a live u32.
+        unsafe { std::arch::asm!("stmxcsr [{}]", in(reg) &raw mut value, options(nostack)) };
+        value
+    };
+    let set = |value: u32| {
+        // SAFETY: loads a valid value from a live u32.
+        unsafe { std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const value, options(nostack)) };
+    };
+    let control = |value: u32| value & !0x3F; // without the sticky flags
+    let flushes = || black_box(f32::MIN_POSITIVE) * black_box(0.5) == 0.0;
+
+    let _alone = alone();
+    let (environment, before) = (get(), num_threads());
+    set(CALLERS);
+    assert!(flushes());
+    for threads in [1, 2, 3, 7] {
+        // A new pool: its threads inherit the environment of the thread that starts them, this one.
+        set_num_threads(MAX_THREADS).unwrap();
+        set_num_threads(threads).unwrap();
+        set(CALLERS);
+        let (wrong, seen) = (AtomicUsize::new(0), Mutex::new(HashSet::new()));
+        let check = |_| {
+            wrong.fetch_add((flushes() || control(get()) != 0x1F80) as usize, Ordering::Relaxed);
+            seen.lock().unwrap().insert(std::thread::current().id());
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        parallel(1, check).unwrap();
+        parallel(100, check).unwrap();
+        assert_eq!(get(), CALLERS);
+
+        let polled = Cell::new(0);
+        let poll = || {
+            polled.set(get());
+            false
+        };
+        section(Some(&poll), || {
+            assert_eq!(control(get()), 0x1F80);
+            parallel(1, |_| std::thread::sleep(Duration::from_millis(51)))?;
+            helpers(threads)?; // now everybody is here
+            parallel(100, check)
+        })
+        .unwrap();
+        assert_eq!(polled.get(), CALLERS, "a signal handler runs in the caller's environment");
+        assert_eq!(get(), CALLERS);
+
+        let _ = std::panic::catch_unwind(|| section(None, || -> Result<()> { panic!("body") }));
+        assert_eq!(get(), CALLERS);
+        assert_eq!(wrong.load(Ordering::Relaxed), 0, "{threads} threads");
+        assert_eq!(seen.lock().unwrap().len() > 1, threads > 1);
+    }
+    set(environment);
+    set_num_threads(before).unwrap();
+}
+
+#[test]
+fn a_panic_drops_the_tasks_that_have_not_begun() {
+    let _alone = alone();
+    for bad in 0..4 {
+        let ran = AtomicUsize::new(0);
+        let result = with_local_limit(3, || {
+            parallel(10_000, |i| {
+                ran.fetch_add(1, Ordering::Relaxed);
+                std::thread::sleep(Duration::from_millis(1));
+                assert!(i != bad, "task {i}");
+            })
+        });
+        assert_eq!(result, Err(Error::Internal(format!("panic in a task: task {bad}"))));
+        assert!(ran.load(Ordering::Relaxed) < 1000);
     }
 }
 

@@ -38,7 +38,13 @@ fn replace(new: u32) -> u32 {
     // SAFETY: both operands are addresses of live u32 values. The value loaded is the default or one that was read
     // from this register, so no reserved bit is set.
     unsafe {
-        std::arch::asm!("stmxcsr [{old}]", "ldmxcsr [{new}]", old = in(reg) &raw mut old, new = in(reg) &raw const new, options(nostack));
+        std::arch::asm!(
+            "stmxcsr [{old}]",
+            "ldmxcsr [{new}]",
+            old = in(reg) &raw mut old,
+            new = in(reg) &raw const new,
+            options(nostack),
+        );
     }
     old
 }

@@ -35,7 +35,8 @@ pub fn set_num_threads(n: usize) -> Result<()> {
 }
 
 /// The number of threads that this thread's next section uses: the local limit, else what `set_num_threads` set, else
-/// `TRANSFORMER_RS_NUM_THREADS`, else `OMP_NUM_THREADS`, else what the machine makes available to this process.
+/// `TRANSFORMER_RS_NUM_THREADS`, else `OMP_NUM_THREADS`, else what the machine makes available to this process. (A value of
+/// `TRANSFORMER_RS_NUM_THREADS` that makes no sense is an error of the first region.)
 pub fn num_threads() -> usize {
     threads().unwrap_or_else(|_| available())
 }
