@@ -59,24 +59,30 @@ fn as_many_threads_as_asked_for_take_part() {
 
 #[test]
 fn regions_follow_each_other_without_mixing_up_their_tasks() {
+    /// A region whose closure and counter lie at another place of the stack each time, so that a worker that takes
+    /// one region for another cannot be right by chance.
+    #[inline(never)]
+    fn region(number: u64, tasks: u64, depth: u64) -> Result<()> {
+        let below = std::hint::black_box([number; 64]);
+        if depth > 0 {
+            let result = region(number, tasks, depth - 1);
+            std::hint::black_box(below); // or the call would become a loop
+            return result;
+        }
+        let sum = AtomicU64::new(0);
+        parallel(tasks as usize, |i| _ = sum.fetch_add(number << 8 | 1 << i, Ordering::Relaxed))?;
+        assert_eq!(sum.into_inner(), (number << 8) * tasks + (1 << tasks) - 1);
+        Ok(())
+    }
     let _alone = alone();
     for threads in [2, 3, 7] {
         let mut state = 1u64;
-        let sum = AtomicU64::new(0);
-        with_local_limit(threads, || {
-            section(None, || {
-                for region in 0..20_000u64 {
-                    state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                    let tasks = (state >> 33) % 9;
-                    sum.store(0, Ordering::Relaxed);
-                    // Each task proves that it is of this region: the closure is a new one on the stack every time.
-                    parallel(tasks as usize, |i| _ = sum.fetch_add(region << 8 | 1 << i, Ordering::Relaxed))?;
-                    assert_eq!(sum.load(Ordering::Relaxed), (region << 8) * tasks + (1 << tasks) - 1);
-                }
-                Ok(())
-            })
-        })
-        .unwrap();
+        let mut random = |below| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 33) % below
+        };
+        let regions = || section(None, || (0..20_000).try_for_each(|number| region(number, random(9), random(4))));
+        with_local_limit(threads, regions).unwrap();
     }
 }
 

@@ -181,3 +181,24 @@ pub(super) fn panic_text(payload: Box<dyn Any + Send>) -> String {
     std::mem::forget(payload); // dropping a foreign payload could panic again
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_claim_for_a_region_that_is_over_fails() {
+        let team = Team::new(false);
+        team.run(2, &|_| (), || false).unwrap();
+        let (ran, stale) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let late = |_| {
+            ran.fetch_add(1, Ordering::Relaxed);
+            if team.claim(1).is_some() {
+                stale.fetch_add(1, Ordering::Relaxed);
+                team.done.0.fetch_add(1, Ordering::Release);
+            }
+        };
+        team.run(4, &late, || false).unwrap();
+        assert_eq!((ran.into_inner(), stale.into_inner()), (4, 0));
+    }
+}
