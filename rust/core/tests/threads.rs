@@ -81,7 +81,7 @@ fn regions_follow_each_other_without_mixing_up_their_tasks() {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             (state >> 33) % below
         };
-        let regions = || section(None, || (0..20_000).try_for_each(|number| region(number, random(9), random(4))));
+        let regions = || section(None, || (0..100_000).try_for_each(|number| region(number, random(9), random(4))));
         with_local_limit(threads, regions).unwrap();
     }
 }
