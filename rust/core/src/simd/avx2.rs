@@ -113,6 +113,39 @@ impl Simd<f32> for Avx2 {
         // SAFETY: masked lanes are not written, the others are the caller's promise.
         unsafe { _mm256_maskstore_ps(p, window(n), v) }
     }
+    #[inline(always)]
+    unsafe fn transpose_ptr(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+        // SAFETY: the caller's promise; the token vouches for AVX.
+        unsafe { transpose(src, src_stride, dst, dst_stride) }
+    }
+}
+
+/// A square of 8 x 8: pairs, then fours within each half, then the halves.
+/// # Safety
+/// As `Simd::transpose_ptr` for eight lanes, on a CPU with AVX.
+#[inline(always)]
+pub(super) unsafe fn transpose(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let row: [__m256; 8] = std::array::from_fn(
+            #[inline(always)]
+            |i| _mm256_loadu_ps(src.add(i * src_stride)),
+        );
+        let mut four = [_mm256_setzero_ps(); 8];
+        for h in 0..2 {
+            let [a, b, c, d] = [row[4 * h], row[4 * h + 1], row[4 * h + 2], row[4 * h + 3]];
+            let (ab_low, ab_high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+            let (cd_low, cd_high) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+            four[4 * h] = _mm256_shuffle_ps::<0x44>(ab_low, cd_low);
+            four[4 * h + 1] = _mm256_shuffle_ps::<0xee>(ab_low, cd_low);
+            four[4 * h + 2] = _mm256_shuffle_ps::<0x44>(ab_high, cd_high);
+            four[4 * h + 3] = _mm256_shuffle_ps::<0xee>(ab_high, cd_high);
+        }
+        for i in 0..4 {
+            _mm256_storeu_ps(dst.add(i * dst_stride), _mm256_permute2f128_ps::<0x20>(four[i], four[i + 4]));
+            _mm256_storeu_ps(dst.add((i + 4) * dst_stride), _mm256_permute2f128_ps::<0x31>(four[i], four[i + 4]));
+        }
+    }
 }
 
 #[inline(always)]

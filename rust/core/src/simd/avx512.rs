@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::avx2::intrinsics;
+use super::avx2::{self, intrinsics};
 use super::{KEEP_MULTIPLIERS, Kernel, Simd, keep_bound};
 
 /// Proof of AVX-512 F, BW, VL and DQ.
@@ -113,5 +113,14 @@ impl Simd<f32> for Avx512 {
     unsafe fn store_ptr_first(self, v: __m512, p: *mut f32, n: usize) {
         // SAFETY: masked lanes are not written, the others are the caller's promise.
         unsafe { _mm512_mask_storeu_ps(p, self.first(n), v) }
+    }
+    #[inline(always)]
+    unsafe fn transpose_ptr(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+        for (i, j) in [(0, 0), (0, 8), (8, 0), (8, 8)] {
+            // SAFETY: four squares of 8 x 8 inside the caller's; AVX-512 implies AVX.
+            unsafe {
+                avx2::transpose(src.add(i * src_stride + j), src_stride, dst.add(j * dst_stride + i), dst_stride);
+            }
+        }
     }
 }

@@ -92,6 +92,10 @@ pub trait Simd<T: Float>: Copy + Send + Sync + 'static {
     /// # Safety
     /// `n` ≤ LANES and `p` is valid for writing `n` numbers.
     unsafe fn store_ptr_first(self, v: Self::V, p: *mut T, n: usize);
+    /// Transposes a square of LANES x LANES: the number at (i, j) of `src` goes to (j, i) of `dst`.
+    /// # Safety
+    /// `src` is valid for reading LANES rows of LANES numbers that are `src_stride` apart, `dst` likewise for writing.
+    unsafe fn transpose_ptr(self, src: *const T, src_stride: usize, dst: *mut T, dst_stride: usize);
 
     /// a + b
     fn add(self, a: Self::V, b: Self::V) -> Self::V;

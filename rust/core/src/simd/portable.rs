@@ -66,6 +66,15 @@ macro_rules! portable {
                 }
             }
             #[inline(always)]
+            unsafe fn transpose_ptr(self, src: *const $T, src_stride: usize, dst: *mut $T, dst_stride: usize) {
+                for i in 0..$lanes {
+                    for j in 0..$lanes {
+                        // SAFETY: inside the two squares, which the caller vouches for.
+                        unsafe { *dst.add(j * dst_stride + i) = *src.add(i * src_stride + j) };
+                    }
+                }
+            }
+            #[inline(always)]
             fn and(self, a: Self::M, b: Self::M) -> Self::M {
                 std::array::from_fn(|i| a[i] & b[i])
             }

@@ -175,6 +175,33 @@ fn operations_of_f64() {
 }
 
 kernel! {
+    /// Squares of LANES x LANES side by side, with both strides larger than that; tells LANES.
+    fn transpose<'a, T>(s: S; dst: &'a mut [T], src: &'a [T], src_stride: usize, dst_stride: usize) -> usize {
+        assert!(src.len() >= S::LANES * src_stride && dst.len() >= S::LANES * dst_stride);
+        assert!(src_stride >= S::LANES && dst_stride >= S::LANES);
+        // SAFETY: LANES rows of LANES numbers fit both slices.
+        unsafe { s.transpose_ptr(src.as_ptr(), src_stride, dst.as_mut_ptr(), dst_stride) };
+        S::LANES
+    }
+}
+
+fn squares_are_transposed<T: Float>() {
+    let src: Vec<T> = (0..MAX_LANES * 19).map(|i| T::from_f64(i as f64)).collect();
+    let mut dst = vec![-T::ONE; MAX_LANES * 21];
+    let lanes = transpose(&mut dst, &src, 19, 21);
+    for (at, x) in dst.iter().enumerate() {
+        let (j, i) = (at / 21, at % 21);
+        assert_eq!(*x, if i < lanes && j < lanes { src[i * 19 + j] } else { -T::ONE }, "({i}, {j})");
+    }
+}
+
+#[test]
+fn transposes() {
+    squares_are_transposed::<f32>();
+    squares_are_transposed::<f64>();
+}
+
+kernel! {
     fn reduce<'a, T>(s: S; x: &'a [T]) -> (T, T) {
         let v = s.load(x);
         (s.reduce_sum(v), s.reduce_max(v))

@@ -7,7 +7,7 @@
 //!
 //! **Speed.** One micro-kernel (`tile`) holds a tile of C in registers and reads B from panels in the order of use: packed
 //! once for inference ([`PackedRhs`]), per call otherwise, or not at all where there are too few rows to make up for it.
-//! A is read where it lies, unless it is transposed. Tasks are blocks of C that fit the L2 cache; skinny products are cut by
+//! A is read where it lies, unless it is transposed or its rows lie far apart. Tasks are blocks of C that fit the L2 cache; skinny products are cut by
 //! columns alone.
 
 mod epilogue;
@@ -75,7 +75,7 @@ impl<T: Float> PackedRhs<T> {
         let width = tile_shape::<T>().1;
         let (rows, cols) = b.shape();
         let mut panels = Buffer::zeroed(cols.next_multiple_of(width).saturating_mul(rows))?;
-        pack_in_parallel(&mut panels, b, width, true)?;
+        pack_b(&mut panels, b, width, true)?;
         Ok(PackedRhs { panels, rows, cols })
     }
 }
@@ -87,9 +87,13 @@ const TASK: usize = 1 << 18;
 /// Rows and columns of a task at most: its part of A and of C stay in the L2 cache.
 const TASK_ROWS: usize = 192;
 const TASK_COLS: usize = 256;
-/// Numbers packed at a time, 8 MiB of f32, and rows or columns of them.
-const PACKED: usize = 1 << 21;
-const PACKED_WIDTH: usize = 4096;
+/// Numbers packed at a time, 2 MiB of f32, which stay in the caches, and rows or columns of them.
+const PACKED: usize = 1 << 19;
+const PACKED_WIDTH: usize = 2048;
+/// Rows of A further apart than this (half a page of f32) fall on few sets of the caches: many of them are packed.
+const FAR_APART: usize = 512;
+const MANY_ROWS: usize = 64;
+const GAP: usize = 16;
 /// With fewer rows than this B is read where it lies, if its rows are contiguous: packing costs as much as a few rows.
 const PACK_FROM_ROWS: usize = 24;
 
@@ -145,7 +149,10 @@ fn product<T: Float, E: Epilogue<T>>(
     let (tile_rows, tile_cols) = tile_shape::<T>();
     let work = m.saturating_mul(n).saturating_mul(depth);
     let workers = if team && work >= SERIAL_BELOW { threads::num_threads() } else { 1 };
-    let a_from = if a.col_stride == 1 || m == 1 { Source::InPlace } else { Source::Workspace };
+    let a_from = match a.col_stride == 1 || depth <= 1 {
+        true if a.row_stride <= FAR_APART || m < MANY_ROWS => Source::InPlace,
+        _ => Source::Workspace,
+    };
     let b_from = match b {
         Rhs::Packed(_) => Source::Ready,
         Rhs::Plain(b) if b.col_stride == 1 && m < PACK_FROM_ROWS => Source::InPlace,
@@ -153,28 +160,27 @@ fn product<T: Float, E: Epilogue<T>>(
     };
 
     // Slabs: what is packed at a time.
-    let width = |from: Source, all: usize, tile: usize| match from {
-        Source::Workspace => all.next_multiple_of(tile).min(PACKED_WIDTH / tile * tile),
-        _ => 0,
-    };
-    let (a_width, b_width) = (width(a_from, m, tile_rows), width(b_from, n, tile_cols));
+    let width = |from: Source, all: usize| if from == Source::Workspace { all.min(PACKED_WIDTH) } else { 0 };
+    let a_width = width(a_from, m);
+    let b_width = width(b_from, n.next_multiple_of(tile_cols));
     let slab_rows = if a_width > 0 { a_width } else { m };
     let slab_cols = if b_width > 0 { b_width } else { n };
     let slab_depth = match a_width + b_width {
         0 => depth,
-        width => (PACKED / width / KC * KC).clamp(KC, depth.max(KC)).min(depth),
+        width => (PACKED / width / KC * KC).max(KC).min(depth),
     };
+    // The gap keeps packed rows apart in the sets of the caches.
+    let a_stride = slab_depth + GAP;
 
     let out = Output { data: c.data.as_mut_ptr(), row_stride: c.row_stride, borrow: PhantomData };
-    stash::with((a_width + b_width) * slab_depth, |workspace| {
-        let (a_panels, b_panels) = workspace.split_at_mut(a_width * slab_depth);
+    stash::with(b_width * slab_depth + a_width * a_stride, |workspace| {
+        let (b_panels, a_rows) = workspace.split_at_mut(b_width * slab_depth);
         for cols in blocks(n, slab_cols) {
             for ks in blocks(depth, slab_depth) {
                 let mut o = Operands {
                     k: ks.len(),
                     a: a.data.as_ptr(),
                     a_row: a.row_stride,
-                    a_k: a.col_stride,
                     b: b_panels.as_ptr(),
                     b_k: tile_cols,
                     b_panel: ks.len() * tile_cols,
@@ -194,23 +200,19 @@ fn product<T: Float, E: Epilogue<T>>(
                     }
                     Rhs::Plain(b) => {
                         let slab = b.rows(ks.clone())?.columns(cols.clone())?;
-                        pack_in_parallel(b_panels, slab, tile_cols, workers > 1)?;
+                        pack_b(b_panels, slab, tile_cols, workers > 1)?;
                     }
                 }
                 for rows in blocks(m, slab_rows) {
-                    let mut a_step = a.row_stride;
                     if a_from == Source::Workspace {
                         let slab = a.columns(ks.clone())?.rows(rows.clone())?;
-                        pack_in_parallel(a_panels, slab.t(), tile_rows, workers > 1)?;
-                        (o.a, o.a_row, o.a_k) = (a_panels.as_ptr(), 1, tile_rows);
-                        // Tiles begin at multiples of `tile_rows`: row r is r · depth numbers on.
-                        a_step = ks.len();
+                        pack_a(a_rows, a_stride, slab, workers > 1)?;
+                        (o.a, o.a_row) = (a_rows.as_ptr(), a_stride);
                     } else {
-                        let from = rows.start * a.row_stride + ks.start * a.col_stride;
-                        o.a = a.data.as_ptr().wrapping_add(from);
+                        o.a = a.data.as_ptr().wrapping_add(rows.start * a.row_stride + ks.start);
                     }
                     o.c = out.data.wrapping_add(rows.start * out.row_stride + cols.start);
-                    let slab = Slab { o, a_step, in_place: a_from == Source::InPlace };
+                    let slab = Slab(o);
                     let grid = Grid::new(rows.len(), cols.len(), ks.len(), workers, (tile_rows, tile_cols));
                     let last = ks.end == depth && E::ACTIVE;
                     let task = |index| {
@@ -254,28 +256,44 @@ kernel! {
     }
 }
 
-/// Packs `src`, K x columns, into panels.
-fn pack_in_parallel<T: Float>(dst: &mut [T], src: Mat<T>, width: usize, team: bool) -> Result<()> {
-    let (depth, cols) = src.shape();
-    let panels = cols.div_ceil(width);
-    if depth == 0 || panels == 0 {
+/// Packs `b`, K x columns, into panels.
+fn pack_b<T: Float>(dst: &mut [T], b: Mat<T>, width: usize, team: bool) -> Result<()> {
+    let (depth, cols) = b.shape();
+    if depth == 0 || cols == 0 {
         return Ok(());
     }
-    let group = (threads::GRAIN / (depth * width)).clamp(1, 16);
-    let parts = dst[..panels * depth * width].chunks_mut(group * depth * width);
-    let parts = parts.enumerate().map(|(i, part)| {
-        let from = i * group * width;
-        (part, src.columns(from..cols.min(from + group * width)))
-    });
-    let task = |(part, src): (&mut [T], Result<Mat<T>>)| {
-        if let Ok(src) = src {
-            pack::pack(part, src, width);
+    let group = (threads::GRAIN / (depth * width)).clamp(1, 16) * width;
+    let parts = dst[..cols.div_ceil(width) * width * depth].chunks_mut(group * depth);
+    let parts = parts.zip((0..cols).step_by(group)).map(|(part, from)| (part, from..cols.min(from + group)));
+    each(parts, team, |(part, range)| {
+        if let Ok(b) = b.columns(range) {
+            pack::pack_panels(part, b);
         }
-    };
+    })
+}
+
+/// Packs the rows of `a`, `stride` apart.
+fn pack_a<T: Float>(dst: &mut [T], stride: usize, a: Mat<T>, team: bool) -> Result<()> {
+    let (rows, depth) = a.shape();
+    let group = (threads::GRAIN / depth.max(1)).clamp(16, 64);
+    let parts = dst.chunks_mut(group * stride);
+    let parts = parts.zip((0..rows).step_by(group)).map(|(part, from)| (part, from..rows.min(from + group)));
+    each(parts, team, |(part, range)| {
+        if let Ok(a) = a.rows(range) {
+            pack::pack_rows(part, stride, a);
+        }
+    })
+}
+
+fn each<I>(items: I, team: bool, task: impl Fn(I::Item) + Sync) -> Result<()>
+where
+    I: ExactSizeIterator,
+    I::Item: Send,
+{
     if team {
-        return threads::for_each(parts, task);
+        return threads::for_each(items, task);
     }
-    parts.for_each(task);
+    items.for_each(task);
     Ok(())
 }
 
@@ -325,12 +343,7 @@ struct Output<'a, T> {
 
 /// The operands of one region.
 #[derive(Clone, Copy)]
-struct Slab<T> {
-    o: Operands<T>,
-    /// From one row of A to the next, at the start of a tile.
-    a_step: usize,
-    in_place: bool,
-}
+struct Slab<T>(Operands<T>);
 
 // SAFETY: the pointers stand for borrows that `product` holds; tasks read A and B and write disjoint blocks of C.
 unsafe impl<T: Send + Sync> Sync for Output<'_, T> {}
@@ -340,11 +353,12 @@ unsafe impl<T: Send + Sync> Sync for Slab<T> {}
 kernel! {
     /// One block of C: panel by panel of B, and for each the rows of A.
     fn multiply<T>(s: S; slab: Slab<T>, rows: Range<usize>, cols: Range<usize>) {
+        let Slab(slab) = slab;
         let (tile_rows, tile_cols) = (S::TILE_ROWS, S::TILE_VECTORS * S::LANES);
         // With one tile of rows a panel is read once only: no need to keep it in the L1 cache.
-        let step = if rows.len() <= tile_rows { slab.o.k } else { KC };
+        let step = if rows.len() <= tile_rows { slab.k } else { KC };
         let at_once = tile::panels_at_once(rows.len());
-        for ks in blocks(slab.o.k, step) {
+        for ks in blocks(slab.k, step) {
             let mut col = cols.start;
             while col < cols.end {
                 let left = cols.end - col;
@@ -352,18 +366,18 @@ kernel! {
                 let mut row = rows.start;
                 while row < rows.end {
                     let left_rows = rows.end - row;
-                    let count = if slab.in_place && left_rows > tile_rows && left_rows < 2 * tile_rows {
+                    let count = if left_rows > tile_rows && left_rows < 2 * tile_rows {
                         left_rows.div_ceil(2) // two tiles of equal height, no thin one
                     } else {
                         left_rows.min(tile_rows)
                     };
                     let o = Operands {
                         k: ks.len(),
-                        a: slab.o.a.wrapping_add(row * slab.a_step + ks.start * slab.o.a_k),
-                        b: slab.o.b.wrapping_add(col / tile_cols * slab.o.b_panel + ks.start * slab.o.b_k),
-                        c: slab.o.c.wrapping_add(row * slab.o.c_row + col),
-                        accumulate: slab.o.accumulate || ks.start > 0,
-                        ..slab.o
+                        a: slab.a.wrapping_add(row * slab.a_row + ks.start),
+                        b: slab.b.wrapping_add(col / tile_cols * slab.b_panel + ks.start * slab.b_k),
+                        c: slab.c.wrapping_add(row * slab.c_row + col),
+                        accumulate: slab.accumulate || ks.start > 0,
+                        ..slab
                     };
                     // SAFETY: `product` checked that the views hold these rows, columns and steps; this task alone
                     // has these elements of C.

@@ -1,88 +1,92 @@
-//! Operands rearranged into panels: `width` columns wide, along K without gaps, so that the micro-kernel reads one stream.
-
-// Loops over rows, panels and vectors read like the formula; iterators would hide it.
-#![allow(clippy::needless_range_loop)]
+//! Operands rearranged in the order of use: B as panels of the tile's width, along K without gaps; A as contiguous rows.
 
 use super::Mat;
-use crate::simd::Float;
+use crate::simd::{Float, Simd};
 
 crate::kernel! {
-    /// Panel p of `dst` holds the columns p · width.. of `src` (K x columns), row after row; columns that `src` lacks
-    /// are zeros.
-    pub(super) fn pack<'a, T>(s: S; dst: &'a mut [T], src: Mat<'a, T>, width: usize) {
-        let _ = (s, S::LANES);
-        match width {
-            4 => panels::<T, 4>(dst, src),
-            6 => panels::<T, 6>(dst, src),
-            8 => panels::<T, 8>(dst, src),
-            12 => panels::<T, 12>(dst, src),
-            16 => panels::<T, 16>(dst, src),
-            32 => panels::<T, 32>(dst, src),
-            _ => unreachable!("the width of a panel comes from the token's tile"),
-        }
-    }
-}
-
-/// Steps along K that are transposed at a time: a good part of a cache line.
-const STEP: usize = 8;
-
-#[inline(always)]
-fn panels<T: Float, const W: usize>(dst: &mut [T], src: Mat<T>) {
-    let (depth, cols) = src.shape();
-    if depth == 0 {
-        return;
-    }
-    let len = depth * W;
-    let whole = cols / W;
-    if src.col_stride == 1 {
-        for k in 0..depth {
-            let row = &src.data[k * src.row_stride..][..cols];
-            for (panel, row) in dst.chunks_exact_mut(len).zip(row.chunks_exact(W)) {
-                panel[k * W..][..W].copy_from_slice(row);
+    /// Panel p of `dst` holds the columns p · width.. of `b` (K x columns), row after row; columns that `b` lacks are
+    /// zeros.
+    pub(super) fn pack_panels<'a, T>(s: S; dst: &'a mut [T], b: Mat<'a, T>) {
+        let width = S::TILE_VECTORS * S::LANES;
+        let (depth, cols) = b.shape();
+        let len = depth * width;
+        assert!(dst.len() >= cols.div_ceil(width) * len);
+        let whole = cols / width * width;
+        if b.col_stride == 1 {
+            // A few panels at a time: their rows are read in pieces of some cache lines, from top to bottom.
+            let group = 4 * width;
+            for from in (0..whole).step_by(group) {
+                let cols = group.min(whole - from);
+                for k in 0..depth {
+                    let row = &b.data[k * b.row_stride + from..][..cols];
+                    for (panel, row) in dst[from * depth..].chunks_exact_mut(len).zip(row.chunks_exact(width)) {
+                        let panel = &mut panel[k * width..][..width];
+                        for (panel, row) in panel.chunks_exact_mut(S::LANES).zip(row.chunks_exact(S::LANES)) {
+                            s.store(s.load(row), panel);
+                        }
+                    }
+                }
+            }
+        } else {
+            for col in (0..whole).step_by(S::LANES) {
+                let panel = &mut dst[col / width * len..][..len];
+                transpose(s, &mut panel[col % width..], width, b.t(), col);
             }
         }
-    } else if src.row_stride == 1 {
-        for (p, panel) in dst.chunks_exact_mut(len).take(whole).enumerate() {
-            let columns: [&[T]; W] = std::array::from_fn(|j| &src.data[(p * W + j) * src.col_stride..][..depth]);
-            transpose(panel, columns);
-        }
-    } else {
-        for (p, panel) in dst.chunks_exact_mut(len).take(whole).enumerate() {
-            for (k, row) in panel.chunks_exact_mut(W).enumerate() {
+        if whole < cols {
+            for (k, row) in dst[whole * depth..].chunks_exact_mut(width).take(depth).enumerate() {
                 for (j, x) in row.iter_mut().enumerate() {
-                    *x = src.at(k, p * W + j);
+                    *x = if whole + j < cols { b.at(k, whole + j) } else { T::ZERO };
                 }
             }
         }
     }
-    if whole * W < cols {
-        for (k, row) in dst[whole * len..].chunks_exact_mut(W).take(depth).enumerate() {
-            for (j, x) in row.iter_mut().enumerate() {
-                *x = if whole * W + j < cols { src.at(k, whole * W + j) } else { T::ZERO };
+}
+
+crate::kernel! {
+    /// The rows of `a`, each contiguous, `stride` apart.
+    pub(super) fn pack_rows<'a, T>(s: S; dst: &'a mut [T], stride: usize, a: Mat<'a, T>) {
+        let (rows, depth) = a.shape();
+        if a.col_stride == 1 {
+            for (i, dst) in dst.chunks_mut(stride).take(rows).enumerate() {
+                dst[..depth].copy_from_slice(&a.data[i * a.row_stride..][..depth]);
+            }
+            return;
+        }
+        // Strips of LANES steps along K: their source rows are read from end to end.
+        let a = a.t();
+        let whole = depth / S::LANES * S::LANES;
+        for k in (0..whole).step_by(S::LANES) {
+            transpose(s, &mut dst[k..], stride, a, k);
+        }
+        for (i, dst) in dst.chunks_mut(stride).take(rows).enumerate() {
+            for (k, x) in dst.iter_mut().enumerate().take(depth).skip(whole) {
+                *x = a.at(k, i);
             }
         }
     }
 }
 
-/// W columns of the same length to rows of W numbers, by small squares that stay in registers.
+/// LANES rows of `src`, from `row` on, become columns of `dst`: `dst[j * stride + i] = src[row + i][j]`.
 #[inline(always)]
-fn transpose<T: Float, const W: usize>(panel: &mut [T], columns: [&[T]; W]) {
-    let whole = columns[0].len() / STEP * STEP;
-    for k in (0..whole).step_by(STEP) {
-        let mut square = [[T::ZERO; STEP]; W];
-        for j in 0..W {
-            square[j].copy_from_slice(&columns[j][k..k + STEP]);
-        }
-        let rows = &mut panel[k * W..][..STEP * W];
-        for i in 0..STEP {
-            for j in 0..W {
-                rows[i * W + j] = square[j][i];
+fn transpose<T: Float, S: Simd<T>>(s: S, dst: &mut [T], stride: usize, src: Mat<T>, row: usize) {
+    let cols = src.shape().1;
+    let mut done = 0;
+    if src.col_stride == 1 && cols >= S::LANES {
+        done = cols / S::LANES * S::LANES;
+        let last = (row + S::LANES - 1) * src.row_stride + done;
+        assert!(last <= src.data.len() && (done - 1) * stride + S::LANES <= dst.len() && stride >= S::LANES);
+        for j in (0..done).step_by(S::LANES) {
+            // SAFETY: the last number read and the last one written lie inside the slices.
+            unsafe {
+                let from = src.data.as_ptr().add(row * src.row_stride + j);
+                s.transpose_ptr(from, src.row_stride, dst.as_mut_ptr().add(j * stride), stride);
             }
         }
     }
-    for (k, row) in panel.chunks_exact_mut(W).enumerate().skip(whole) {
-        for j in 0..W {
-            row[j] = columns[j][k];
+    for j in done..cols {
+        for i in 0..S::LANES {
+            dst[j * stride + i] = src.at(row + i, j);
         }
     }
 }

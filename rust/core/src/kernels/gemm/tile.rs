@@ -9,14 +9,13 @@ use crate::simd::{Float, Simd};
 /// depends on it, because the accumulators of a later block start from C.
 pub(super) const KC: usize = 256;
 
-/// Where a tile finds its operands. Strides are in elements; nothing is read or written outside of the tile's
-/// `rows` x `k`, `k` x `cols` and `rows` x `cols` elements.
+/// Where a tile finds its operands. Strides are in elements; a row of A is contiguous. Nothing is read or written outside
+/// of the tile's `rows` x `k`, `k` x `cols` and `rows` x `cols` elements.
 #[derive(Clone, Copy)]
 pub(super) struct Operands<T> {
     pub k: usize,
     pub a: *const T,
     pub a_row: usize,
-    pub a_k: usize,
     pub b: *const T,
     pub b_k: usize,
     /// From the first column of one panel of B to the first of the next.
@@ -31,7 +30,7 @@ pub(super) struct Operands<T> {
 pub(super) const fn panels_at_once(rows: usize) -> usize {
     match rows {
         1 => 4,
-        2 | 3 => 2,
+        2 => 2,
         _ => 1,
     }
 }
@@ -45,12 +44,10 @@ pub(super) unsafe fn whole<T: Float, S: Simd<T>>(s: S, rows: usize, panels: usiz
     unsafe {
         match (S::TILE_VECTORS, panels, rows) {
             (1, 4, _) => tile::<T, S, 1, 4, 1, false>(s, o, 0),
-            (1, 2, 2) => tile::<T, S, 2, 2, 1, false>(s, o, 0),
-            (1, 2, _) => tile::<T, S, 3, 2, 1, false>(s, o, 0),
+            (1, 2, _) => tile::<T, S, 2, 2, 1, false>(s, o, 0),
             (1, ..) => single::<T, S, 1, false>(s, rows, o, 0),
             (_, 4, _) => tile::<T, S, 1, 4, 2, false>(s, o, 0),
-            (_, 2, 2) => tile::<T, S, 2, 2, 2, false>(s, o, 0),
-            (_, 2, _) => tile::<T, S, 3, 2, 2, false>(s, o, 0),
+            (_, 2, _) => tile::<T, S, 2, 2, 2, false>(s, o, 0),
             _ => single::<T, S, 2, false>(s, rows, o, 0),
         }
     }
@@ -113,25 +110,25 @@ unsafe fn tile<T: Float, S: Simd<T>, const R: usize, const P: usize, const V: us
                 }
             }
         }
-        let (mut a, mut b) = (o.a, o.b);
-        for _ in 0..o.k {
+        let a: [*const T; R] = std::array::from_fn(|r| opaque(o.a.wrapping_add(r * o.a_row)));
+        let mut b: [*const T; P] = std::array::from_fn(|p| opaque(o.b.wrapping_add(p * o.b_panel)));
+        for k in 0..o.k {
             let mut row = [[s.zero(); V]; P];
             for p in 0..P {
                 for v in 0..V {
-                    let b = b.add(p * o.b_panel + v * S::LANES);
+                    let b = b[p].add(v * S::LANES);
                     row[p][v] = if PART { s.load_ptr_first(b, used[v], T::ZERO) } else { s.load_ptr(b) };
                 }
+                b[p] = b[p].wrapping_add(o.b_k);
             }
             for r in 0..R {
-                let x = s.splat(*a.add(r * o.a_row));
+                let x = s.splat(*a[r].add(k));
                 for p in 0..P {
                     for v in 0..V {
                         sum[r][p][v] = s.mul_add(x, row[p][v], sum[r][p][v]);
                     }
                 }
             }
-            a = a.wrapping_add(o.a_k);
-            b = b.wrapping_add(o.b_k);
         }
         for r in 0..R {
             for p in 0..P {
@@ -142,4 +139,19 @@ unsafe fn tile<T: Float, S: Simd<T>, const R: usize, const P: usize, const V: us
             }
         }
     }
+}
+
+/// The same pointer, its origin hidden: else the compiler derives the rows' addresses from each other, step by step.
+#[inline(always)]
+#[allow(clippy::pointers_in_nomem_asm_block)]
+fn opaque<T>(p: *const T) -> *const T {
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    {
+        let mut p = p;
+        // SAFETY: no instruction at all.
+        unsafe { std::arch::asm!("/* {0} */", inout(reg) p, options(pure, nomem, nostack, preserves_flags)) };
+        p
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    p
 }
