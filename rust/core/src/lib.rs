@@ -5,6 +5,7 @@
 
 pub mod error;
 pub mod kernels;
+pub mod ops;
 pub mod rng;
 pub mod rows;
 pub mod simd;

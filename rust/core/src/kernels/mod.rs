@@ -5,6 +5,7 @@
 //! through [`reduce`]. Work is cut into tasks by written constants, so that no bit depends on the number of threads.
 
 pub mod activation;
+pub mod attention;
 pub mod batch_norm;
 pub mod dropout;
 pub mod elementwise;

@@ -129,9 +129,12 @@ impl<T: Float> Tape<T> {
 
     /// Whether the result of an operation on these inputs and parameters needs a node.
     pub fn wants(&self, params: &Params<T>, inputs: &[Var], weights: &[ParamId]) -> bool {
-        self.records
-            && (inputs.iter().any(|v| self.slots[v.index as usize].wants_grad)
-                || weights.iter().any(|&id| params.is_trainable(id)))
+        self.wants_any(inputs) || self.records && weights.iter().any(|&id| params.is_trainable(id))
+    }
+
+    /// The same for an operation without parameters.
+    pub fn wants_any(&self, inputs: &[Var]) -> bool {
+        self.records && inputs.iter().any(|v| self.slots[v.index as usize].wants_grad)
     }
 
     /// Records how `output` was made. Values in `saved` stay until the node has run backward.

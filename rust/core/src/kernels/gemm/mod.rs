@@ -13,7 +13,7 @@
 mod epilogue;
 mod mat;
 mod pack;
-mod stash;
+pub(super) mod stash;
 mod tile;
 
 #[cfg(test)]

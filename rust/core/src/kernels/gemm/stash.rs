@@ -13,7 +13,7 @@ use crate::simd::{Buffer, Float};
 static STASH: Mutex<Vec<Box<dyn Any + Send>>> = Mutex::new(Vec::new());
 
 /// Calls `body` with `len` numbers of unspecified value, or with none if `len` is 0.
-pub(super) fn with<T: Float, R>(len: usize, body: impl FnOnce(&mut [T]) -> Result<R>) -> Result<R> {
+pub(in crate::kernels) fn with<T: Float, R>(len: usize, body: impl FnOnce(&mut [T]) -> Result<R>) -> Result<R> {
     if len == 0 {
         return body(&mut []);
     }

@@ -1,0 +1,248 @@
+//! The backward pass: weights are computed again from the saved log-sum-exp, block by block.
+
+use super::product::{Left, Start, pack, pack_transposed, panels_len, product};
+use super::scores::{BLOCK, Block, ROW, score_gradients};
+use super::work::{Item, LONG, each_task};
+use super::{Grid, Heads, Inputs, KEYS, Operand, Out, QUERIES};
+use crate::error::Result;
+use crate::kernel;
+use crate::simd::Float;
+use crate::threads;
+
+/// What the forward pass left, and the gradient of its output.
+#[derive(Clone, Copy)]
+pub struct Saved<'a, T> {
+    /// Gradient of the output, (R, H K).
+    pub dy: &'a [T],
+    /// The output, (R, H K).
+    pub y: &'a [T],
+    /// Log-sum-exp, (R, H).
+    pub lse: &'a [T],
+}
+
+/// Where gradients go; each is (rows, heads · K) and is overwritten. `None` where it is not wanted.
+#[derive(Default)]
+pub struct Gradients<'a, T> {
+    /// Of the queries.
+    pub dq: Option<Out<'a, T>>,
+    /// Of the keys.
+    pub dk: Option<Out<'a, T>>,
+    /// Of the values.
+    pub dv: Option<Out<'a, T>>,
+}
+
+/// Numbers of scratch that a task needs.
+fn scratch(heads: &Heads) -> usize {
+    let k = heads.head_dim;
+    2 * panels_len(k, KEYS) + panels_len(KEYS, k) + panels_len(QUERIES, k) + 2 * BLOCK
+}
+
+/// Gradients of the queries, keys and values. `d` (R, H) is room for D = rowsum(dy ∘ y).
+pub fn attention_backward<T: Float>(
+    gradients: Gradients<'_, T>,
+    d: &mut [T],
+    saved: Saved<'_, T>,
+    inputs: &Inputs<'_, T>,
+) -> Result<()> {
+    row_sums(d, saved, &inputs.heads)?;
+    let Gradients { dq, dk, dv } = gradients;
+    let pass = |items, dq: Option<&Out<'_, T>>, dk: Option<&Out<'_, T>>, dv: Option<&Out<'_, T>>| {
+        inputs.run(items, scratch(&inputs.heads), |item, scratch| {
+            Walk { inputs, saved, d, scratch }.run(item, Sink::Inputs { dq, dk, dv });
+        })
+    };
+    let (dq, dk, dv) = (dq.as_ref(), dk.as_ref(), dv.as_ref());
+    if dq.or(dk).or(dv).is_none() {
+        return Ok(());
+    }
+    // An element of dq is one chain along the keys, of dk and dv one along heads and queries: either way of cutting
+    // the work adds the same terms in the same order.
+    let items = inputs.by_heads();
+    let costs = || items.iter().map(|item| item.pairs(inputs));
+    let (total, longest) = (costs().sum::<usize>(), costs().max().unwrap_or(0));
+    if dq.is_some() && (dk.is_some() || dv.is_some()) && total < (longest * 5 / 2) * (threads::num_threads() - 1) {
+        // Too few heads for all threads: twice the scores, but as many tasks as there are blocks.
+        pass(inputs.by_queries(), dq, None, None)?;
+        return pass(inputs.by_keys(), None, dk, dv);
+    }
+    // Wave after wave of key blocks, so that no task is too long.
+    let longest = items.iter().map(|item| item.blocks.end).max().unwrap_or(0);
+    let step = (LONG * longest / (costs().max().unwrap_or(0) * inputs.heads.head_dim).max(1)).max(1);
+    for first in (0..longest.max(1)).step_by(step) {
+        let wave = items.iter().map(|item| {
+            let end = item.blocks.end;
+            Item { blocks: first.min(end)..(first + step).min(end), ..item.clone() }
+        });
+        pass(wave.collect(), dq, dk, dv)?;
+    }
+    Ok(())
+}
+
+/// Gradient of the bias, summed over the axes it was broadcast along, in one fixed order. `d` comes from
+/// [`attention_backward`], the data of `shape` is not read.
+pub fn attention_bias_backward<T: Float>(
+    dbias: &mut [T],
+    d: &[T],
+    saved: Saved<'_, T>,
+    inputs: &Inputs<'_, T>,
+) -> Result<()> {
+    let Some(Grid { shape: [b, h, l, m], .. }) = inputs.masks.bias else { return Ok(()) };
+    // One task owns the elements of one (b, h) and a run of queries; it meets all that was added to them.
+    let chunk = if l == 1 { usize::MAX } else { QUERIES };
+    let longest = inputs.sequences.iter().map(|s| s.queries).max().unwrap_or(0);
+    let planes = (0..b).flat_map(|b| (0..h).map(move |h| (b, h)));
+    let tasks: Vec<_> = planes.flat_map(|at| (0..longest).step_by(chunk).map(move |first| (at, first))).collect();
+    dbias.fill(T::ZERO);
+    let out = Out::new(dbias, m);
+    let n_heads = inputs.heads.n_heads;
+    each_task(tasks.len(), scratch(&inputs.heads), |task, scratch| {
+        let ((at_b, at_h), first) = tasks[task];
+        for (sequence, s) in inputs.sequences.iter().enumerate().filter(|&(i, _)| b == 1 || i == at_b) {
+            for head in (0..n_heads).filter(|&i| h == 1 || i == at_h) {
+                let queries = first.min(s.queries)..s.queries.min(first.saturating_add(chunk));
+                let row = (at_b * h + at_h) * l + if l == 1 { 0 } else { queries.start };
+                // SAFETY: rows of this task alone.
+                let mut out = unsafe { out.part(row..row + if l == 1 { 1 } else { queries.len() }, 0..m) };
+                let blocks = 0..s.keys.div_ceil(KEYS);
+                let item = Item { sequence, heads: head..head + 1, queries, blocks };
+                Walk { inputs, saved, d, scratch }.run(&item, Sink::Bias(&mut out));
+            }
+        }
+    })
+}
+
+/// Who takes the gradients of the scores.
+enum Sink<'a, 'o, T> {
+    Inputs {
+        dq: Option<&'a Out<'o, T>>,
+        dk: Option<&'a Out<'o, T>>,
+        dv: Option<&'a Out<'o, T>>,
+    },
+    /// Rows from the item's first query on, or one row for all.
+    Bias(&'a mut Out<'o, T>),
+}
+
+struct Walk<'a, T> {
+    inputs: &'a Inputs<'a, T>,
+    saved: Saved<'a, T>,
+    d: &'a [T],
+    scratch: &'a mut [T],
+}
+
+impl<T: Float> Walk<'_, T> {
+    /// Block of keys by block of keys, against the blocks of queries that may see it.
+    fn run(self, item: &Item, mut sink: Sink<'_, '_, T>) {
+        let Inputs { heads, q, k, v, sequences, masks } = *self.inputs;
+        let Heads { n_heads, head_dim, .. } = heads;
+        let Item { sequence: index, queries, blocks, .. } = item.clone();
+        let (sequence, kv_head) = (sequences[index], item.heads.start / heads.group());
+        let columns = |head: usize| head * head_dim..(head + 1) * head_dim;
+        let dy = Operand { data: self.saved.dy, stride: n_heads * head_dim };
+        let scale = T::from_f64(if let Sink::Bias(_) = sink { 1.0 } else { heads.scale });
+
+        let (kt_panels, rest) = self.scratch.split_at_mut(panels_len(head_dim, KEYS));
+        let (vt_panels, rest) = rest.split_at_mut(panels_len(head_dim, KEYS));
+        let (k_panels, rest) = rest.split_at_mut(panels_len(KEYS, head_dim));
+        let (row_panels, rest) = rest.split_at_mut(panels_len(QUERIES, head_dim));
+        let (p, rest) = rest.split_at_mut(BLOCK);
+        let dx = &mut rest[..BLOCK];
+
+        if let (Sink::Inputs { dq: Some(dq), .. }, 0) = (&sink, blocks.start) {
+            let rows = sequence.query + queries.start..sequence.query + queries.end;
+            // SAFETY: rows and columns of this item alone.
+            unsafe { dq.part(rows, item.heads.start * head_dim..item.heads.end * head_dim) }.clear();
+        }
+        for block in blocks {
+            let m = block * KEYS;
+            let keys = KEYS.min(sequence.keys - m);
+            let key_rows = sequence.key + m..sequence.key + m + keys;
+            if let Sink::Inputs { dk, dv, .. } = &sink {
+                for out in [dk, dv].into_iter().flatten() {
+                    // SAFETY: rows and columns of this item alone.
+                    unsafe { out.part(key_rows.clone(), columns(kv_head)) }.clear();
+                }
+            }
+            let k_block = k.at(key_rows.start, kv_head, head_dim);
+            let v_block = v.at(key_rows.start, kv_head, head_dim);
+            let kt = pack_transposed(kt_panels, k_block, k.stride, keys, head_dim);
+            let vt = pack_transposed(vt_panels, v_block, v.stride, keys, head_dim);
+            let k = pack(k_panels, k_block, k.stride, keys, head_dim);
+            let first = masks.first_query(&sequence, m) / QUERIES * QUERIES;
+            for head in item.heads.clone() {
+                for l in (queries.start.max(first)..queries.end).step_by(QUERIES) {
+                    let rows = QUERIES.min(queries.end - l);
+                    let cols = keys.min(masks.visible(&sequence, l + rows - 1).saturating_sub(m));
+                    if cols == 0 {
+                        continue;
+                    }
+                    let block = Block { sequence, index, head, l, rows, m, cols };
+                    let query_rows = block.query_rows();
+                    let key_rows = key_rows.start..key_rows.start + cols;
+
+                    // P = exp(x − lse), dP = dy Vᵀ, dx = P ∘ (dP − D)
+                    block.weights(p, kt, self.inputs, self.saved.lse);
+                    let dy_block = dy.at(query_rows.start, head, head_dim);
+                    let left = Left { data: dy_block, row: dy.stride, col: 1 };
+                    product(Out::new(dx, ROW), left, vt, rows, cols, head_dim, Start::Zero);
+                    score_gradients(p, dx, block, self.d, masks.dropout, scale, n_heads);
+                    match &mut sink {
+                        Sink::Inputs { dq, dk, dv } => {
+                            // y = P V: dV += Pᵀ dy
+                            if let Some(dv) = dv {
+                                let dy = pack(row_panels, dy_block, dy.stride, rows, head_dim);
+                                // SAFETY: rows and columns of this item alone.
+                                let dv = unsafe { dv.part(key_rows.clone(), columns(kv_head)) };
+                                product(dv, Left { data: p, row: 1, col: ROW }, dy, cols, head_dim, rows, Start::Sum);
+                            }
+                            // x = scale · Q Kᵀ: dK += scale · dxᵀ Q, dQ += scale · dx K
+                            if let Some(dk) = dk {
+                                let q =
+                                    pack(row_panels, q.at(query_rows.start, head, head_dim), q.stride, rows, head_dim);
+                                // SAFETY: rows and columns of this item alone.
+                                let dk = unsafe { dk.part(key_rows, columns(kv_head)) };
+                                product(dk, Left { data: dx, row: 1, col: ROW }, q, cols, head_dim, rows, Start::Sum);
+                            }
+                            if let Some(dq) = dq {
+                                // SAFETY: rows and columns of this item alone.
+                                let dq = unsafe { dq.part(query_rows, columns(head)) };
+                                product(dq, Left { data: dx, row: ROW, col: 1 }, k, rows, head_dim, cols, Start::Sum);
+                            }
+                        }
+                        Sink::Bias(dbias) => {
+                            for (i, dx) in dx.chunks(ROW).take(rows).enumerate() {
+                                let row = dbias.row(if dbias.rows == 1 { 0 } else { l - queries.start + i });
+                                if let [all] = row {
+                                    dx[..cols].iter().for_each(|dx| *all += *dx);
+                                } else {
+                                    row[m..].iter_mut().zip(&dx[..cols]).for_each(|(sum, dx)| *sum += *dx);
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// D = rowsum(dy ∘ y), head by head.
+fn row_sums<T: Float>(d: &mut [T], saved: Saved<'_, T>, heads: &Heads) -> Result<()> {
+    let Heads { n_heads, head_dim, .. } = *heads;
+    let rows = threads::rows_per_task(n_heads * head_dim);
+    let (tall, wide) = (rows * n_heads, rows * n_heads * head_dim);
+    threads::for_each(d.chunks_mut(tall).zip(saved.dy.chunks(wide).zip(saved.y.chunks(wide))), |(d, (dy, y))| {
+        dots(d, dy, y, head_dim);
+    })
+}
+
+kernel! {
+    fn dots<'a, T>(s: S; d: &'a mut [T], a: &'a [T], b: &'a [T], cols: usize) {
+        for (d, (a, b)) in d.iter_mut().zip(a.chunks(cols).zip(b.chunks(cols))) {
+            let mut sum = s.zero();
+            for (a, b) in a.chunks(S::LANES).zip(b.chunks(S::LANES)) {
+                sum = s.mul_add(s.load_first(a, T::ZERO), s.load_first(b, T::ZERO), sum);
+            }
+            *d = s.reduce_sum(sum);
+        }
+    }
+}

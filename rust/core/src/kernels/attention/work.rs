@@ -1,0 +1,137 @@
+//! How attention is cut into tasks. No bit depends on it.
+
+use super::{Inputs, KEYS, QUERIES};
+use crate::error::Result;
+use crate::kernels::gemm::stash;
+use crate::simd::Float;
+use crate::threads;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+/// Queries that share packed keys and values in the forward pass.
+pub(super) const CHUNK: usize = 256;
+/// Multiply-adds of a task that is worth handing out.
+const GRAIN: usize = 1 << 19;
+/// Multiply-adds of a task that is long enough.
+pub(super) const LONG: usize = 1 << 29;
+/// Items aimed at, so that many cores find work.
+const ITEMS: usize = 32;
+
+/// A part of one sequence: some queries against some blocks of keys, for heads that share their keys.
+#[derive(Clone, Debug)]
+pub(super) struct Item {
+    pub sequence: usize,
+    pub heads: Range<usize>,
+    pub queries: Range<usize>,
+    pub blocks: Range<usize>,
+}
+
+impl Item {
+    /// Pairs of a query and a key, times heads; as if each query saw what the middle one sees.
+    pub fn pairs<T>(&self, inputs: &Inputs<'_, T>) -> usize {
+        let middle = (self.queries.start + self.queries.end) / 2;
+        let visible = inputs.masks.visible(&inputs.sequences[self.sequence], middle);
+        let keys = visible.min(self.blocks.end * KEYS).saturating_sub(self.blocks.start * KEYS);
+        self.heads.len() * self.queries.len() * keys
+    }
+}
+
+impl<T: Float> Inputs<'_, T> {
+    /// Query heads that share a key/value head.
+    fn groups(&self) -> impl Iterator<Item = Range<usize>> + use<T> {
+        let group = self.heads.group();
+        (0..self.heads.n_kv_heads).map(move |g| g * group..(g + 1) * group)
+    }
+
+    /// The blocks of the first `keys` keys.
+    fn blocks(&self, keys: usize) -> Range<usize> {
+        0..keys.div_ceil(KEYS)
+    }
+
+    /// One item per sequence, group of heads and chunk of queries, which meets every key it may see.
+    pub(super) fn by_queries(&self) -> Vec<Item> {
+        let count =
+            |chunk| self.sequences.iter().map(|s| s.queries.div_ceil(chunk)).sum::<usize>() * self.heads.n_kv_heads;
+        let mut chunk = CHUNK;
+        while chunk > QUERIES && count(chunk) < ITEMS {
+            chunk /= 2;
+        }
+        let mut items = Vec::with_capacity(count(chunk));
+        for (sequence, s) in self.sequences.iter().enumerate() {
+            for heads in self.groups() {
+                for first in (0..s.queries).step_by(chunk) {
+                    let queries = first..s.queries.min(first + chunk);
+                    let blocks = self.blocks(self.masks.visible(s, queries.end - 1));
+                    items.push(Item { sequence, heads: heads.clone(), queries, blocks });
+                }
+            }
+        }
+        items
+    }
+
+    /// One item per sequence and group of heads: all queries against all keys.
+    pub(super) fn by_heads(&self) -> Vec<Item> {
+        let mut items = Vec::with_capacity(self.sequences.len() * self.heads.n_kv_heads);
+        for (sequence, s) in self.sequences.iter().enumerate() {
+            items.extend(self.groups().map(|heads| Item {
+                sequence,
+                heads,
+                queries: 0..s.queries,
+                blocks: self.blocks(s.keys),
+            }));
+        }
+        items
+    }
+
+    /// One item per sequence, group of heads and block of keys, which meets every query that may see it.
+    pub(super) fn by_keys(&self) -> Vec<Item> {
+        let split = |item: Item| item.blocks.clone().map(move |b| Item { blocks: b..b + 1, ..item.clone() });
+        self.by_heads().into_iter().flat_map(split).collect()
+    }
+
+    /// Runs `work` on every item, each with `scratch` numbers of its own; small items share a task.
+    pub(super) fn run(
+        &self,
+        mut items: Vec<Item>,
+        scratch: usize,
+        work: impl Fn(&Item, &mut [T]) + Sync,
+    ) -> Result<()> {
+        let grain = GRAIN / self.heads.head_dim.max(1);
+        // The longest first: no thread is left with one at the end.
+        items.sort_by_cached_key(|item| std::cmp::Reverse(item.pairs(self)));
+        let mut tasks: Vec<Range<usize>> = Vec::new();
+        let mut filled = grain;
+        for (i, item) in items.iter().enumerate() {
+            match tasks.last_mut() {
+                Some(task) if filled < grain => task.end = i + 1,
+                _ => {
+                    tasks.push(i..i + 1);
+                    filled = 0;
+                }
+            }
+            filled += item.pairs(self);
+        }
+        each_task(tasks.len(), scratch, |task, scratch| {
+            items[tasks[task].clone()].iter().for_each(|item| work(item, scratch));
+        })
+    }
+}
+
+/// Runs `work(0..tasks)`, each with `scratch` numbers of its own.
+pub(super) fn each_task<T: Float>(tasks: usize, scratch: usize, work: impl Fn(usize, &mut [T]) + Sync) -> Result<()> {
+    stash::with(threads::num_threads().min(tasks) * scratch, |all: &mut [T]| {
+        let free = Mutex::new(all.chunks_exact_mut(scratch).collect::<Vec<_>>());
+        let free = || free.lock().unwrap_or_else(PoisonError::into_inner);
+        threads::parallel(tasks, |task| {
+            let mine = free().pop();
+            match mine {
+                Some(scratch) => {
+                    work(task, scratch);
+                    free().push(scratch);
+                }
+                // There is one for each thread, unless the open section has more than `num_threads` says by now.
+                None => work(task, &mut vec![T::ZERO; scratch]),
+            }
+        })
+    })
+}
