@@ -1,7 +1,7 @@
 //! Pointwise nonlinearities and gates, with their derivatives.
 
 use super::lanes::map;
-use super::task_len;
+use super::{gemm, task_len};
 use crate::error::Result;
 use crate::kernel;
 use crate::simd::{Float, Simd, math};
@@ -15,6 +15,14 @@ pub trait Curve: Copy + Send + Sync + 'static {
     fn slope<T: Float, S: Simd<T>>(s: S, x: S::V) -> S::V;
     /// f(x) in plain words.
     fn reference(x: f64) -> f64;
+}
+
+/// In the epilogue of a product.
+impl<T: Float, C: Curve> gemm::Activation<T> for C {
+    #[inline(always)]
+    fn apply<S: Simd<T>>(&self, s: S, x: S::V) -> S::V {
+        C::value(s, x)
+    }
 }
 
 /// max(x, 0)

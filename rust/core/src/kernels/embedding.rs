@@ -1,8 +1,10 @@
 //! Rows of a table, and the sums of gradients that go back into them.
 
 use super::elementwise::multiple_of_row;
+use super::lanes::map;
 use super::{Beta, task_len};
 use crate::error::Result;
+use crate::kernel;
 use crate::simd::Float;
 use crate::threads::{for_each, rows_per_task};
 
@@ -16,6 +18,21 @@ pub fn embedding_forward<T: Float>(y: &mut [T], table: &[T], ids: &[u32], cols: 
         for (y, &id) in y.chunks_mut(cols).zip(ids) {
             multiple_of_row(y, Beta::Assign, scale, &table[id as usize * cols..][..cols]);
         }
+    })
+}
+
+/// y[r] = x[r] + table[index[r]]
+pub fn add_table_rows<T: Float>(y: &mut [T], x: &[T], table: &[T], index: &[usize], cols: usize) -> Result<()> {
+    kernel! {
+        fn rows<'a, T>(s: S; y: &'a mut [T], x: &'a [T], table: &'a [T], index: &'a [usize], cols: usize) {
+            for ((y, x), &i) in y.chunks_mut(cols).zip(x.chunks(cols)).zip(index) {
+                map(s, [y], [x, &table[i * cols..][..cols]], #[inline(always)] |_, [x, t]| [s.add(x, t)]);
+            }
+        }
+    }
+    let n = task_len(cols);
+    for_each(y.chunks_mut(n).zip(x.chunks(n)).zip(index.chunks(rows_per_task(cols))), |((y, x), index)| {
+        rows(y, x, table, index, cols)
     })
 }
 

@@ -158,6 +158,20 @@ pub fn cross_entropy_rows<T: Float>(
     })
 }
 
+/// The log-probability of each row's target; 0 where it is [`IGNORE`].
+pub fn log_probabilities<T: Float>(log_p: &mut [T], logits: &[T], targets: &[u32], cols: usize) -> Result<()> {
+    let n = task_len(cols);
+    let rows = n / cols.max(1);
+    for_each(log_p.chunks_mut(rows).zip(logits.chunks(n)).zip(targets.chunks(rows)), |((log_p, logits), targets)| {
+        for ((log_p, logits), &target) in log_p.iter_mut().zip(logits.chunks(cols)).zip(targets) {
+            *log_p = match target {
+                IGNORE => T::ZERO,
+                target => log_sum_exp(logits).log_probability(logits[target as usize]),
+            };
+        }
+    })
+}
+
 /// [`softmax_forward`] in plain words.
 pub fn softmax_reference<T: Float>(y: &mut [T], x: &[T], cols: usize) {
     for (y, x) in y.chunks_mut(cols).zip(x.chunks(cols)) {

@@ -1,5 +1,55 @@
 //! Differentiable operations, one per file: shape checks, forward, what is saved, the derivative and its proof.
+//!
+//! Arguments are variables of a tape and parameters by id; the result is a new variable. Where no gradient is wanted
+//! nothing is saved.
 
+pub mod activation;
 pub mod attention;
+pub mod batch_norm;
+pub mod cross_entropy;
+pub mod embedding;
+pub mod layer_norm;
+pub mod linear;
+pub mod positions;
+pub mod residual;
+pub mod rms_norm;
+pub mod softmax;
 
+pub use activation::{Activation, Gate, activation, gated};
 pub use attention::{Bias, Columns, DenseMask, Heads, KeysValues, Masks, attention};
+pub use batch_norm::{Running, batch_norm};
+pub use cross_entropy::{CrossEntropy, IGNORE, cross_entropy, linear_cross_entropy, token_logprobs};
+pub use embedding::embedding;
+pub use layer_norm::layer_norm;
+pub use linear::{linear, linear_activation};
+pub use positions::add_rows;
+pub use residual::{add, dropout, residual};
+pub use rms_norm::rms_norm;
+pub use softmax::softmax;
+
+use crate::ensure;
+use crate::error::Result;
+use crate::simd::Float;
+use crate::tape::{ParamId, Params, Pool, Tensor};
+
+/// Refuses a parameter of another shape than the operation needs.
+fn expect_shape<T: Float>(params: &Params<T>, op: &str, argument: &str, id: ParamId, shape: &[usize]) -> Result<()> {
+    let entry = params.layout().entry(id);
+    ensure!(
+        entry.shape == shape,
+        Shape,
+        "{op}: argument `{argument}`: expected shape {shape:?}, got {:?}; it must fit the last axis of `x`",
+        entry.shape
+    );
+    Ok(())
+}
+
+/// A row of equal numbers, in the place of an absent gain or bias.
+fn constant_row<T: Float>(pool: &mut Pool<T>, cols: usize, value: T) -> Result<Tensor<T>> {
+    let mut row = pool.tensor(1, cols)?;
+    row.fill(value);
+    Ok(row)
+}
+
+#[cfg(test)]
+mod testing;

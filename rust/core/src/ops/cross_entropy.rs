@@ -1,0 +1,390 @@
+//! Cross-entropy with label smoothing, alone and fused with the projection that makes the logits.
+
+use super::embedding::check_ids;
+use super::expect_shape;
+use super::linear::{column_sums, matrix, product, product_dw, product_dx};
+use crate::error::Result;
+use crate::kernels::Beta;
+use crate::kernels::elementwise::{multiple, scale_assign};
+use crate::kernels::gemm::Mat;
+use crate::kernels::reduce::sum;
+use crate::kernels::softmax::{RowLoss, cross_entropy_rows, log_probabilities};
+use crate::simd::Float;
+use crate::tape::{Backward, Operation, ParamId, Params, Tape, Tensor, Var};
+use crate::{bail, ensure};
+
+pub use crate::kernels::softmax::IGNORE;
+
+/// A loss, summed over the rows whose target is not [`IGNORE`].
+#[derive(Clone, Copy, Debug)]
+pub struct CrossEntropy {
+    /// What is minimised, (1, 1): Σ (1 − ε) · nll + ε / V · Σ −log p, smoothed uniformly over V (Szegedy and others 2016).
+    pub loss: Var,
+    /// The same in f64.
+    pub loss_sum: f64,
+    /// Σ −log p of the targets.
+    pub nll_sum: f64,
+    /// Number of rows that count.
+    pub tokens: usize,
+}
+
+impl CrossEntropy {
+    /// From the rows that count.
+    fn of<T: Float>(tape: &mut Tape<T>, losses: &[RowLoss], wanted: bool) -> Result<Self> {
+        let total = |part: fn(&RowLoss) -> f64| sum(&losses.iter().map(part).collect::<Vec<_>>());
+        let (loss_sum, nll_sum) = (total(|row| row.smoothed), total(|row| row.nll));
+        let mut value = tape.pool.tensor(1, 1)?;
+        value[0] = T::from_f64(loss_sum);
+        Ok(CrossEntropy { loss: tape.push(value, wanted), loss_sum, nll_sum, tokens: losses.len() })
+    }
+}
+
+fn check(op: &str, rows: usize, targets: &[u32], vocabulary: usize, smoothing: f64) -> Result<()> {
+    ensure!(
+        targets.len() == rows,
+        Shape,
+        "{op}: argument `targets`: expected one for each of {rows} rows, got {}",
+        targets.len()
+    );
+    ensure!(
+        (0.0..=1.0).contains(&smoothing),
+        Config,
+        "{op}: argument `smoothing`: expected a share from 0 to 1, got {smoothing}"
+    );
+    // An ignored target counts as 0 here; without a vocabulary there is nothing to choose from.
+    ensure!(vocabulary > 0, Shape, "{op}: expected a vocabulary of at least one token, got none");
+    check_ids(op, "targets", targets.iter().map(|&id| if id == IGNORE { 0 } else { id }), vocabulary)
+}
+
+/// The loss of logits (R, V) against one target per row.
+pub fn cross_entropy<T: Float>(
+    tape: &mut Tape<T>,
+    logits: Var,
+    targets: &[u32],
+    smoothing: f64,
+) -> Result<CrossEntropy> {
+    let (rows, v) = (tape.value(logits)?.rows(), tape.value(logits)?.cols());
+    check("cross_entropy", rows, targets, v, smoothing)?;
+    let mut losses = vec![RowLoss::default(); rows];
+    let mut scratch = tape.pool.tensor(rows, v)?;
+    scratch.copy_from_slice(tape.value(logits)?);
+    cross_entropy_rows(&mut losses, &mut scratch, targets, v, smoothing, None)?;
+    tape.pool.recycle(scratch);
+    let wanted = tape.wants_any(&[logits]);
+    let counted: Vec<_> =
+        losses.into_iter().zip(targets).filter(|&(_, &t)| t != IGNORE).map(|(loss, _)| loss).collect();
+    let result = CrossEntropy::of(tape, &counted, wanted)?;
+    if wanted {
+        tape.record(result.loss, &[logits], OfLogits { logits, targets: targets.into(), smoothing });
+    }
+    Ok(result)
+}
+
+struct OfLogits {
+    logits: Var,
+    targets: Box<[u32]>,
+    smoothing: f64,
+}
+
+impl<T: Float> Operation<T> for OfLogits {
+    fn name(&self) -> &'static str {
+        "cross_entropy"
+    }
+
+    fn backward(self: Box<Self>, cx: &mut Backward<'_, T>, dloss: Tensor<T>) -> Result<()> {
+        let logits = cx.value(self.logits)?;
+        let mut dlogits = cx.pool.tensor(logits.rows(), logits.cols())?;
+        dlogits.copy_from_slice(logits);
+        let mut losses = vec![RowLoss::default(); logits.rows()];
+        let scale = Some(dloss[0]);
+        cross_entropy_rows(&mut losses, &mut dlogits, &self.targets, logits.cols(), self.smoothing, scale)?;
+        cx.pool.recycle(dloss);
+        cx.give(self.logits, dlogits)
+    }
+}
+
+/// Rows whose logits exist at a time: some megabytes of them, enough rows for the products. It depends on the vocabulary
+/// alone, so that no bit depends on the batch.
+fn chunk_rows(vocabulary: usize) -> usize {
+    ((1 << 20) / vocabulary).clamp(256, 4096)
+}
+
+/// The size of the vocabulary of a projection (V, D) for x of D columns.
+fn vocabulary<T: Float>(
+    params: &Params<T>,
+    op: &str,
+    d: usize,
+    weight: ParamId,
+    bias: Option<ParamId>,
+) -> Result<usize> {
+    let shape = &params.layout().entry(weight).shape;
+    let &[v, columns] = &shape[..] else {
+        bail!(Shape, "{op}: argument `weight`: expected a matrix, got shape {shape:?}")
+    };
+    ensure!(columns == d, Shape, "{op}: argument `weight`: expected (V, {d}) for `x` of {d} columns, got {shape:?}");
+    bias.map_or(Ok(()), |bias| expect_shape(params, op, "bias", bias, &[v]))?;
+    Ok(v)
+}
+
+/// [`cross_entropy`] of x Wᵀ + b, without ever storing all the logits. The gradients are computed on the way, chunk by
+/// chunk, while the chunk's logits exist; the backward pass only scales them.
+pub fn linear_cross_entropy<T: Float>(
+    tape: &mut Tape<T>,
+    params: &Params<T>,
+    x: Var,
+    weight: ParamId,
+    bias: Option<ParamId>,
+    targets: &[u32],
+    smoothing: f64,
+) -> Result<CrossEntropy> {
+    let (rows, d) = (tape.value(x)?.rows(), tape.value(x)?.cols());
+    let v = vocabulary(params, "linear_cross_entropy", d, weight, bias)?;
+    check("linear_cross_entropy", rows, targets, v, smoothing)?;
+    let (w, b) = (params.get(weight), bias.map(|bias| params.get(bias)));
+
+    let counted: Vec<usize> = (0..rows).filter(|&row| targets[row] != IGNORE).collect();
+    let all = counted.len() == rows;
+    let wants = [
+        tape.wants_any(&[x]),
+        tape.wants(params, &[], &[weight]),
+        bias.is_some_and(|bias| tape.wants(params, &[], &[bias])),
+    ];
+    let wanted = wants.contains(&true);
+    let [mut dx, mut dw, mut db] = [None, None, None];
+    for (gradient, (wants, (rows, cols))) in
+        [&mut dx, &mut dw, &mut db].into_iter().zip(wants.into_iter().zip([(rows, d), (v, d), (1, v)]))
+    {
+        if wants {
+            *gradient = Some(tape.pool.tensor(rows, cols)?);
+        }
+    }
+    if !all && let Some(dx) = &mut dx {
+        dx.fill(T::ZERO);
+    }
+    if counted.is_empty() {
+        [&mut dw, &mut db].into_iter().flatten().for_each(|gradient| gradient.fill(T::ZERO));
+    }
+
+    let chunk = chunk_rows(v);
+    let mut losses = vec![RowLoss::default(); counted.len()];
+    for (i, (counted, losses)) in counted.chunks(chunk).zip(losses.chunks_mut(chunk)).enumerate() {
+        let (n, beta) = (counted.len(), if i == 0 { Beta::Assign } else { Beta::Add });
+        let targets: Vec<u32> = counted.iter().map(|&row| targets[row]).collect();
+        // Where rows are ignored, the others are gathered.
+        let mut gathered = tape.pool.tensor(if all { 0 } else { n }, d)?;
+        let mut logits = tape.pool.tensor(n, v)?;
+        let x = tape.value(x)?;
+        if !all {
+            counted.iter().zip(gathered.chunks_mut(d.max(1))).for_each(|(&row, to)| to.copy_from_slice(x.row(row)));
+        }
+        let x = if all { Mat::new(&x[counted[0] * d..], n, d)? } else { Mat::new(&gathered, n, d)? };
+        product(&mut logits, x, w, b, None)?;
+        cross_entropy_rows(losses, &mut logits, &targets, v, smoothing, wanted.then_some(T::ONE))?;
+        let dlogits = &logits;
+        if let Some(dw) = &mut dw {
+            product_dw(dw, beta, matrix(dlogits)?, x)?;
+        }
+        if let Some(dx) = &mut dx {
+            if all {
+                product_dx(&mut dx[counted[0] * d..], Beta::Assign, matrix(dlogits)?, w, d)?;
+            } else {
+                product_dx(&mut gathered, Beta::Assign, matrix(dlogits)?, w, d)?;
+                let part = gathered.chunks(d.max(1));
+                counted.iter().zip(part).for_each(|(&row, part)| dx[row * d..][..d].copy_from_slice(part));
+            }
+        }
+        if let Some(db) = &mut db {
+            let sums = column_sums(dlogits, &mut tape.pool)?;
+            multiple(db, beta, T::ONE, &sums[..v])?;
+            tape.pool.recycle(sums);
+        }
+        tape.pool.recycle(gathered);
+        tape.pool.recycle(logits);
+    }
+
+    let result = CrossEntropy::of(tape, &losses, wanted)?;
+    if wanted {
+        tape.record(result.loss, &[], OfProjection { x, dx, params: [(Some(weight), dw), (bias, db)] });
+    }
+    Ok(result)
+}
+
+struct OfProjection<T> {
+    x: Var,
+    dx: Option<Tensor<T>>,
+    params: [(Option<ParamId>, Option<Tensor<T>>); 2],
+}
+
+impl<T: Float> Operation<T> for OfProjection<T> {
+    fn name(&self) -> &'static str {
+        "linear_cross_entropy"
+    }
+
+    fn backward(self: Box<Self>, cx: &mut Backward<'_, T>, dloss: Tensor<T>) -> Result<()> {
+        let scale = dloss[0];
+        cx.pool.recycle(dloss);
+        if let Some(mut dx) = self.dx {
+            if scale != T::ONE {
+                scale_assign(&mut dx, scale)?;
+            }
+            cx.give(self.x, dx)?;
+        }
+        for (id, gradient) in self.params {
+            if let (Some(id), Some(gradient)) = (id, gradient) {
+                cx.accumulate_param(id, |dw, beta, _| multiple(dw, beta, scale, &gradient))?;
+                cx.pool.recycle(gradient);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The log-probability of each target under softmax(x Wᵀ + b); 0 where it is [`IGNORE`]. No gradient. The bits are those
+/// of the loss and of decoding.
+pub fn token_logprobs<T: Float>(
+    tape: &mut Tape<T>,
+    params: &Params<T>,
+    x: Var,
+    weight: ParamId,
+    bias: Option<ParamId>,
+    targets: &[u32],
+) -> Result<Vec<T>> {
+    let (rows, d) = (tape.value(x)?.rows(), tape.value(x)?.cols());
+    let v = vocabulary(params, "token_logprobs", d, weight, bias)?;
+    check("token_logprobs", rows, targets, v, 0.0)?;
+    let mut log_p = vec![T::ZERO; rows];
+    let chunk = chunk_rows(v);
+    for (i, (log_p, targets)) in log_p.chunks_mut(chunk).zip(targets.chunks(chunk)).enumerate() {
+        let mut logits = tape.pool.tensor(log_p.len(), v)?;
+        let x = Mat::new(&tape.value(x)?[i * chunk * d..], log_p.len(), d)?;
+        product(&mut logits, x, params.get(weight), bias.map(|bias| params.get(bias)), None)?;
+        log_probabilities(log_p, &logits, targets, v)?;
+        tape.pool.recycle(logits);
+    }
+    Ok(log_p)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{linear, testing};
+    use super::*;
+    use crate::error::Error;
+    use crate::tape::{Pool, gradcheck};
+
+    /// Targets spread over the vocabulary; every `ignored`-th row counts for nothing.
+    fn targets(rows: usize, v: usize, ignored: usize) -> Vec<u32> {
+        (0..rows).map(|r| if r % ignored == ignored - 1 { IGNORE } else { (r * 7 % v) as u32 }).collect()
+    }
+
+    #[test]
+    fn gradients_equal_differences() {
+        for (rows, d, v) in [(1, 2, 1), (5, 3, 7), (6, 4, 530)] {
+            let (params, ids) = testing::params(&[&[v, d], &[v]]);
+            let (none, _) = testing::params(&[]);
+            for (ignored, smoothing) in [(100, 0.0), (100, 0.1), (3, 0.1)] {
+                let targets = targets(rows, v, ignored);
+                gradcheck(&none, &[testing::normal(rows, v, 1)], None, |tape, _, x| {
+                    Ok(cross_entropy(tape, x[0], &targets, smoothing)?.loss)
+                })
+                .unwrap();
+                gradcheck(&params, &[testing::normal(rows, d, 1)], None, |tape, params, x| {
+                    Ok(linear_cross_entropy(tape, params, x[0], ids[0], Some(ids[1]), &targets, smoothing)?.loss)
+                })
+                .unwrap();
+            }
+        }
+    }
+
+    /// The fused operation and its parts, over several chunks.
+    fn fused_and_composed(ignored: usize, freeze: bool) -> [(testing::Outcome<f64>, CrossEntropy); 2] {
+        let (rows, d, v) = (2 * chunk_rows(5000) + 30, 6, 5000);
+        let (mut params, ids) = testing::params::<f64>(&[&[v, d], &[v]]);
+        params.set_trainable(ids[0], !freeze);
+        let (x, targets) = ([testing::normal(rows, d, 1)], targets(rows, v, ignored));
+        [true, false].map(|fused| {
+            let result = std::cell::Cell::new(None);
+            let outcome = testing::run(&params, &x, None, |tape, params, x| {
+                let loss = if fused {
+                    linear_cross_entropy(tape, params, x[0], ids[0], Some(ids[1]), &targets, 0.1)?
+                } else {
+                    let logits = linear(tape, params, x[0], &[ids[0]], &[ids[1]])?;
+                    cross_entropy(tape, logits, &targets, 0.1)?
+                };
+                result.set(Some(loss));
+                Ok(loss.loss)
+            });
+            (outcome.unwrap(), result.get().unwrap())
+        })
+    }
+
+    #[test]
+    fn fused_equals_composed() {
+        for (ignored, freeze) in [(usize::MAX, false), (5, false), (5, true)] {
+            let [(fused, a), (composed, b)] = fused_and_composed(ignored, freeze);
+            assert_eq!((a.loss_sum, a.nll_sum, a.tokens), (b.loss_sum, b.nll_sum, b.tokens));
+            assert_eq!(fused.dparams[0].is_none(), freeze);
+            for (fused, composed) in
+                fused.dinputs.iter().chain(&fused.dparams).zip(composed.dinputs.iter().chain(&composed.dparams))
+            {
+                match (fused, composed) {
+                    (Some(fused), Some(composed)) => crate::kernels::testing::assert_close(fused, composed, 1e-12),
+                    neither => assert_eq!(*neither.0, *neither.1),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn log_probabilities_are_those_of_the_loss() {
+        let (rows, d, v) = (300, 9, 700);
+        let (params, ids) = testing::params::<f32>(&[&[v, d], &[v]]);
+        let targets = targets(rows, v, 4);
+        let mut tape = Tape::evaluation(Pool::default());
+        let x = tape.constant(testing::normal(rows, d, 1));
+        let log_p = token_logprobs(&mut tape, &params, x, ids[0], Some(ids[1]), &targets).unwrap();
+        let loss = linear_cross_entropy(&mut tape, &params, x, ids[0], Some(ids[1]), &targets, 0.0).unwrap();
+        let of_rows: Vec<f64> = (0..rows).filter(|&r| targets[r] != IGNORE).map(|r| f64::from(-log_p[r])).collect();
+        assert_eq!(loss.nll_sum.to_bits(), sum(&of_rows).to_bits());
+        assert_eq!((loss.tokens, loss.loss_sum), (of_rows.len(), loss.nll_sum));
+        assert!((0..rows).all(|r| targets[r] != IGNORE || log_p[r] == 0.0));
+    }
+
+    #[test]
+    fn threads_do_not_show_and_no_rows_are_fine() {
+        let (params, ids) = testing::params::<f32>(&[&[5000, 12], &[5000]]);
+        for (rows, ignored) in [(600, usize::MAX), (600, 7)] {
+            let targets = targets(rows, 5000, ignored);
+            testing::same_bits(&params, &[testing::normal(rows, 12, 1)], None, |tape, params, x| {
+                Ok(linear_cross_entropy(tape, params, x[0], ids[0], Some(ids[1]), &targets, 0.1)?.loss)
+            });
+        }
+        for targets in [&[][..], &[IGNORE, IGNORE]] {
+            let x = [testing::normal(targets.len(), 12, 1)];
+            let outcome = testing::run(&params, &x, None, |tape, params, x| {
+                let loss = linear_cross_entropy(tape, params, x[0], ids[0], Some(ids[1]), targets, 0.1)?;
+                assert_eq!((loss.loss_sum, loss.nll_sum, loss.tokens), (0.0, 0.0, 0));
+                Ok(loss.loss)
+            });
+            let outcome = outcome.unwrap();
+            assert_eq!(outcome.dinputs[0].as_ref().unwrap().len(), x[0].len());
+            assert!(outcome.dinputs.iter().chain(&outcome.dparams).flatten().flatten().all(|&g| g == 0.0));
+        }
+    }
+
+    #[test]
+    fn wrong_arguments_are_named() {
+        let (params, ids) = testing::params::<f32>(&[&[7, 4], &[6]]);
+        let mut tape = Tape::evaluation(Pool::default());
+        let x = tape.constant(testing::normal(2, 4, 1));
+        let error = cross_entropy(&mut tape, x, &[0, 4], 0.0).unwrap_err();
+        assert!(matches!(&error, Error::TokenOutOfRange(text) if text.contains("4 in row 1")), "{error}");
+        assert!(cross_entropy(&mut tape, x, &[0], 0.0).unwrap_err().to_string().contains("each of 2 rows, got 1"));
+        assert!(cross_entropy(&mut tape, x, &[0, 0], 1.5).unwrap_err().to_string().contains("`smoothing`"));
+        let mut error = |weight, bias| {
+            let result = linear_cross_entropy(&mut tape, &params, x, weight, bias, &[0, 0], 0.0);
+            result.unwrap_err().to_string()
+        };
+        assert!(error(ids[0], Some(ids[1])).contains("`bias`: expected shape [7], got [6]"));
+        assert!(error(ids[1], None).contains("`weight`: expected a matrix"));
+    }
+}

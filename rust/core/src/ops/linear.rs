@@ -1,0 +1,301 @@
+//! Affine maps.
+
+use super::{Activation, activation, expect_shape};
+use crate::ensure;
+use crate::error::Result;
+use crate::kernels::Beta;
+use crate::kernels::activation::{self as curves, activation_backward};
+use crate::kernels::elementwise::multiple;
+use crate::kernels::gemm::{self, Affine, Identity, Mat, MatMut, NoEpilogue};
+use crate::kernels::reduce::{fold_partials, partial_rows, sum_blocks};
+use crate::simd::Float;
+use crate::tape::{Backward, Operation, ParamId, Params, Pool, Tape, Tensor, Var};
+
+/// y = x Wᵀ + b for weights of shape (out, in). Several weights, declared as one group, stand on top of each other: the
+/// results stand side by side, (R, ΣO). Biases: none, or a group of one for each weight.
+pub fn linear<T: Float>(
+    tape: &mut Tape<T>,
+    params: &Params<T>,
+    x: Var,
+    weights: &[ParamId],
+    biases: &[ParamId],
+) -> Result<Var> {
+    affine(tape, params, x, weights, biases, None)
+}
+
+/// y = f(x Wᵀ + b), the same bits as [`linear`] and [`activation`] one after the other.
+pub fn linear_activation<T: Float>(
+    tape: &mut Tape<T>,
+    params: &Params<T>,
+    x: Var,
+    weights: &[ParamId],
+    biases: &[ParamId],
+    kind: Activation,
+) -> Result<Var> {
+    let wanted = tape.wants(params, &[x], weights) || tape.wants(params, &[], biases);
+    // The slope of ReLU can be seen in y; for the others x Wᵀ + b must be kept, so that there is nothing to fuse.
+    if wanted && kind != Activation::Relu {
+        let y = linear(tape, params, x, weights, biases)?;
+        return activation(tape, y, kind);
+    }
+    affine(tape, params, x, weights, biases, Some(kind))
+}
+
+fn affine<T: Float>(
+    tape: &mut Tape<T>,
+    params: &Params<T>,
+    x: Var,
+    weights: &[ParamId],
+    biases: &[ParamId],
+    kind: Option<Activation>,
+) -> Result<Var> {
+    let (rows, d) = (tape.value(x)?.rows(), tape.value(x)?.cols());
+    let widths = check(params, d, weights, biases)?;
+    let o = widths.iter().sum();
+    let wanted = tape.wants(params, &[x], weights) || tape.wants(params, &[], biases);
+    let mut y = tape.pool.tensor(rows, o)?;
+    let b = (!biases.is_empty()).then(|| params.group(biases));
+    product(&mut y, matrix(tape.value(x)?)?, params.group(weights), b, kind)?;
+    let y = tape.push(y, wanted);
+    if wanted {
+        let relu = kind.map(|_| y);
+        let node = Node { x, weights: weights.into(), biases: biases.into(), widths, relu };
+        match relu {
+            Some(y) => tape.record(y, &[x, y], node),
+            None => tape.record(y, &[x], node),
+        }
+    }
+    Ok(y)
+}
+
+/// Refuses parameters that do not fit x; returns the number of rows of each weight.
+fn check<T: Float>(params: &Params<T>, d: usize, weights: &[ParamId], biases: &[ParamId]) -> Result<Vec<usize>> {
+    let shape = |id: ParamId| &params.layout().entry(id).shape[..];
+    let mut widths = Vec::with_capacity(weights.len());
+    for &w in weights {
+        ensure!(
+            matches!(shape(w), &[_, columns] if columns == d),
+            Shape,
+            "linear: argument `weight`: expected shape (out, {d}) for `x` of {d} columns, got {:?}",
+            shape(w)
+        );
+        widths.push(shape(w)[0]);
+    }
+    ensure!(
+        biases.is_empty() || biases.len() == weights.len(),
+        Shape,
+        "linear: argument `bias`: expected none or one for each of {} weights, got {}",
+        weights.len(),
+        biases.len()
+    );
+    for (&b, &width) in biases.iter().zip(&widths) {
+        expect_shape(params, "linear", "bias", b, &[width])?;
+    }
+    Ok(widths)
+}
+
+pub(super) fn matrix<T: Float>(x: &Tensor<T>) -> Result<Mat<'_, T>> {
+    Mat::new(x, x.rows(), x.cols())
+}
+
+/// y = f(x Wᵀ + b): the one place where a weight meets a product going forward.
+pub(super) fn product<T: Float>(
+    y: &mut Tensor<T>,
+    x: Mat<T>,
+    w: &[T],
+    bias: Option<&[T]>,
+    kind: Option<Activation>,
+) -> Result<()> {
+    fn run<T: Float, A: gemm::Activation<T>>(
+        y: MatMut<T>,
+        x: Mat<T>,
+        w: Mat<T>,
+        bias: Option<&[T]>,
+        f: A,
+    ) -> Result<()> {
+        gemm::gemm(y, x, w, Beta::Assign, &Affine { bias, activation: f, residual: None })
+    }
+    let ((rows, d), o) = (x.shape(), y.cols());
+    let (y, w) = (MatMut::new(y, rows, o)?, Mat::new(w, o, d)?.t());
+    match kind {
+        None if bias.is_none() => gemm::gemm(y, x, w, Beta::Assign, &NoEpilogue),
+        None => run(y, x, w, bias, Identity),
+        Some(Activation::Relu) => run(y, x, w, bias, curves::Relu),
+        Some(Activation::Gelu) => run(y, x, w, bias, curves::Gelu),
+        Some(Activation::GeluTanh) => run(y, x, w, bias, curves::GeluTanh),
+        Some(Activation::Silu) => run(y, x, w, bias, curves::Silu),
+    }
+}
+
+/// dx (+)= dy W
+pub(super) fn product_dx<T: Float>(dx: &mut [T], beta: Beta, dy: Mat<T>, w: &[T], d: usize) -> Result<()> {
+    let (rows, o) = dy.shape();
+    gemm::gemm(MatMut::new(dx, rows, d)?, dy, Mat::new(w, o, d)?, beta, &NoEpilogue)
+}
+
+/// dW (+)= dyᵀ x
+pub(super) fn product_dw<T: Float>(dw: &mut [T], beta: Beta, dy: Mat<T>, x: Mat<T>) -> Result<()> {
+    gemm::gemm(MatMut::new(dw, dy.shape().1, x.shape().1)?, dy.t(), x, beta, &NoEpilogue)
+}
+
+/// The sum of the rows of dy, in the first row of what is returned.
+pub(super) fn column_sums<T: Float>(dy: &Tensor<T>, pool: &mut Pool<T>) -> Result<Tensor<T>> {
+    let mut sums = pool.tensor(partial_rows(dy.rows()), dy.cols())?;
+    sum_blocks(&mut sums, dy, dy.cols())?;
+    fold_partials(&mut sums, dy.cols())?;
+    Ok(sums)
+}
+
+struct Node {
+    x: Var,
+    weights: Box<[ParamId]>,
+    biases: Box<[ParamId]>,
+    widths: Vec<usize>,
+    /// y, where it went through ReLU.
+    relu: Option<Var>,
+}
+
+impl<T: Float> Operation<T> for Node {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn backward(self: Box<Self>, cx: &mut Backward<'_, T>, mut dy: Tensor<T>) -> Result<()> {
+        let Node { x: input, weights, biases, widths, relu } = *self;
+        if let Some(y) = relu {
+            activation_backward(curves::Relu, &mut dy, cx.value(y)?)?;
+        }
+        let (x, params) = (matrix(cx.value(input)?)?, cx.params);
+        let (rows, d) = x.shape();
+        let all = matrix(&dy)?;
+        // y = x Wᵀ + b  =>  dx = dy W, dW = dyᵀ x, db = Σ dy over the rows
+        cx.accumulate(input, rows, d, |dx, beta, _| product_dx(dx, beta, all, params.group(&weights), d))?;
+        let mut first = 0;
+        for (&w, width) in weights.iter().zip(&widths) {
+            let part = all.columns(first..first + width)?;
+            cx.accumulate_param(w, |dw, beta, _| product_dw(dw, beta, part, x))?;
+            first += width;
+        }
+        if biases.iter().any(|&b| cx.wants_param(b)) {
+            let sums = column_sums(&dy, cx.pool)?;
+            let mut first = 0;
+            for (&b, width) in biases.iter().zip(&widths) {
+                cx.accumulate_param(b, |db, beta, _| multiple(db, beta, T::ONE, &sums[first..first + width]))?;
+                first += width;
+            }
+            cx.pool.recycle(sums);
+        }
+        cx.pool.recycle(dy);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing;
+    use super::*;
+    use crate::tape::{Builder, Init, gradcheck};
+    use std::sync::Arc;
+
+    /// Weights of these heights as one group, and their biases as another.
+    fn group<T: Float>(d: usize, widths: &[usize]) -> (Params<T>, Vec<ParamId>, Vec<ParamId>) {
+        let mut b = Builder::new();
+        let names: Vec<_> = (0..widths.len()).map(|i| (format!("w{i}"), format!("b{i}"), [widths[i], d])).collect();
+        let normal = Init::Normal { std: 1.0 };
+        let weights: Vec<_> = names.iter().map(|(w, _, shape)| (&w[..], &shape[..], normal)).collect();
+        let weights = b.group(&weights);
+        let biases: Vec<_> = names.iter().map(|(_, b, shape)| (&b[..], &shape[..1], normal)).collect();
+        let biases = b.group(&biases);
+        (Params::init(Arc::new(b.finish()), 2).unwrap(), weights, biases)
+    }
+
+    #[test]
+    fn gradients_equal_differences() {
+        for (rows, d, widths) in [(1, 1, &[1][..]), (5, 3, &[4]), (67, 4, &[3, 2, 5])] {
+            let (mut params, w, b) = group(d, widths);
+            let x = [testing::normal(rows, d, 1)];
+            gradcheck(&params, &x, None, |tape, params, x| linear(tape, params, x[0], &w, &b)).unwrap();
+            b.iter().for_each(|&b| params.set_trainable(b, false));
+            gradcheck(&params, &x, None, |tape, params, x| {
+                let y = linear(tape, params, x[0], &w, &[])?;
+                let z = linear(tape, params, x[0], &w, &b)?; // a second gradient for x and for the weights
+                super::super::add(tape, y, z)
+            })
+            .unwrap();
+            params.set_trainable(w[0], false);
+            gradcheck(&params, &x, None, |tape, params, x| linear(tape, params, x[0], &w, &b)).unwrap();
+        }
+    }
+
+    #[test]
+    fn fused_with_its_activation_equals_composed_bit_for_bit() {
+        let (params, w, b) = group::<f32>(20, &[33]);
+        let inputs = [testing::normal(70, 20, 1)];
+        for kind in [Activation::Relu, Activation::Gelu, Activation::GeluTanh, Activation::Silu] {
+            for b in [&b[..], &[]] {
+                let fused = testing::run(&params, &inputs, None, |tape, params, x| {
+                    linear_activation(tape, params, x[0], &w, b, kind)
+                });
+                let composed = testing::run(&params, &inputs, None, |tape, params, x| {
+                    let y = linear(tape, params, x[0], &w, b)?;
+                    activation(tape, y, kind)
+                });
+                let composed = composed.unwrap();
+                assert_eq!(fused.unwrap(), composed);
+                let mut tape = Tape::evaluation(Pool::default());
+                let x = tape.constant(testing::normal(70, 20, 1));
+                let y = linear_activation(&mut tape, &params, x, &w, b, kind).unwrap();
+                assert_eq!(tape.value(y).unwrap()[..], composed.y);
+            }
+        }
+    }
+
+    #[test]
+    fn a_group_equals_its_members_bit_for_bit() {
+        let (params, w, b) = group::<f32>(37, &[5, 16, 30]);
+        let x = [testing::normal(50, 37, 1)];
+        let together = testing::run(&params, &x, None, |tape, params, x| linear(tape, params, x[0], &w, &b)).unwrap();
+        let mut first = 0;
+        for i in 0..3 {
+            let (w, b) = (w[i], b[i]);
+            let alone =
+                testing::run(&params, &x, None, |tape, params, x| linear(tape, params, x[0], &[w], &[b])).unwrap();
+            let width = alone.y.len() / 50;
+            let columns = together.y.chunks(51).flat_map(|row| &row[first..first + width]);
+            assert!(columns.eq(&alone.y));
+            first += width;
+        }
+    }
+
+    #[test]
+    fn the_result_equals_plain_sums() {
+        let (params, w, b) = group::<f64>(9, &[4, 3]);
+        let x = testing::normal::<f64>(6, 9, 1);
+        let y =
+            testing::run(&params, std::slice::from_ref(&x), None, |tape, params, x| linear(tape, params, x[0], &w, &b));
+        let (w, b) = (params.group(&w), params.group(&b));
+        let cell = |i: usize| (0..9).map(|k| x.row(i / 7)[k] * w[i % 7 * 9 + k]).sum::<f64>() + b[i % 7];
+        let expected: Vec<f64> = (0..42).map(cell).collect();
+        crate::kernels::testing::assert_close(&y.unwrap().y, &expected, 1e-13);
+    }
+
+    #[test]
+    fn threads_do_not_show_and_no_rows_are_fine() {
+        let (params, w, b) = group::<f32>(100, &[130, 40]);
+        let forward = |tape: &mut Tape<f32>, params: &Params<f32>, x: &[Var]| linear(tape, params, x[0], &w, &b);
+        testing::same_bits(&params, &[testing::normal(700, 100, 1)], None, forward);
+        testing::no_rows(&params, &[testing::normal(0, 100, 1)], None, forward);
+    }
+
+    #[test]
+    fn wrong_shapes_are_named() {
+        let (params, w, b) = group::<f32>(4, &[3, 2]);
+        let mut tape = Tape::evaluation(Pool::default());
+        let (x, wide) = (tape.constant(testing::normal(2, 4, 1)), tape.constant(testing::normal(2, 5, 1)));
+        let mut error = |x, w: &[ParamId], b: &[ParamId]| linear(&mut tape, &params, x, w, b).unwrap_err().to_string();
+        assert!(error(wide, &w, &b).contains("linear: argument `weight`: expected shape (out, 5)"));
+        assert!(error(x, &w, &b[..1]).contains("`bias`: expected none or one for each of 2 weights, got 1"));
+        assert!(error(x, &w[..1], &b[1..]).contains("`bias`: expected shape [3], got [2]"));
+        assert!(error(x, &b[..1], &[]).contains("got [3]"));
+    }
+}
