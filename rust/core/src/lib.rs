@@ -5,6 +5,8 @@
 
 pub mod error;
 pub mod kernels;
+pub mod models;
+pub mod nn;
 pub mod ops;
 pub mod rng;
 pub mod rows;
