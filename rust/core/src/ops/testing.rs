@@ -28,6 +28,14 @@ pub struct Outcome<T> {
     pub dparams: Vec<Option<Vec<T>>>,
 }
 
+impl<T: Float> Outcome<T> {
+    /// Value and gradients, one after the other.
+    fn parts(self) -> Vec<Vec<f64>> {
+        let gradients = self.dinputs.into_iter().chain(self.dparams).map(|gradient| gradient.expect("a gradient"));
+        std::iter::once(self.y).chain(gradients).map(|part| part.iter().map(|x| x.to_f64()).collect()).collect()
+    }
+}
+
 /// Runs forward and backward for a random `dy`. The pool and the gradients hold NaN before, so that a buffer which is
 /// not written shows.
 pub fn run<T: Float>(
@@ -88,4 +96,66 @@ pub fn no_rows(
     let Outcome { y, dinputs, dparams } = run(params, inputs, training, forward).unwrap();
     assert!(y.is_empty() && dinputs.iter().all(|dx| dx.as_ref().is_some_and(|dx| dx.is_empty())));
     assert!(dparams.iter().all(|dw| dw.as_ref().is_some_and(|dw| dw.iter().all(|&g| g == 0.0))), "{dparams:?}");
+}
+
+/// Fails unless the operation gives in f32 what it gives in f64, value and gradients.
+macro_rules! agrees {
+    ($name:literal, $shapes:expr, $inputs:expr, |$tape:ident, $params:ident, $ids:ident, $x:ident| $body:expr) => {{
+        let (single, $ids) = params::<f32>($shapes);
+        let double = single.cast::<f64>().unwrap();
+        let inputs: Vec<Tensor<f32>> = $inputs.iter().zip(1..).map(|(&(r, c), seed)| normal(r, c, seed)).collect();
+        let doubled = |x: &Tensor<f32>| {
+            let values: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+            Tensor::from_slice(x.rows(), x.cols(), &values).unwrap()
+        };
+        let inputs64: Vec<Tensor<f64>> = inputs.iter().map(doubled).collect();
+        for training in [None, Some(Key::new(3))] {
+            let single = run(&single, &inputs, training, |$tape, $params, $x| $body).unwrap().parts();
+            let double = run(&double, &inputs64, training, |$tape, $params, $x| $body).unwrap().parts();
+            for (part, (single, double)) in single.iter().zip(&double).enumerate() {
+                assert_eq!(single.len(), double.len());
+                for (i, (single, double)) in single.iter().zip(double).enumerate() {
+                    let error = (single - double).abs() / double.abs().max(1.0);
+                    assert!(error < 2e-5, "{}, part {part}, {i}: {single} instead of {double}", $name);
+                }
+            }
+        }
+    }};
+}
+
+#[test]
+fn every_operation_gives_in_f32_what_it_gives_in_f64() {
+    use super::*;
+    let rows = [(70, 37)];
+    for kind in [Activation::Relu, Activation::Gelu, Activation::GeluTanh, Activation::Silu] {
+        agrees!("activation", &[], rows, |tape, _p, _i, x| activation(tape, x[0], kind));
+        agrees!("linear_activation", &[&[21, 37], &[21]], rows, |tape, p, i, x| {
+            linear_activation(tape, p, x[0], &i[..1], &i[1..], kind)
+        });
+    }
+    for gate in [Gate::Glu, Gate::Swiglu] {
+        agrees!("gated", &[], [(70, 74)], |tape, _p, _i, x| gated(tape, x[0], gate));
+    }
+    agrees!("linear", &[&[21, 37], &[21]], rows, |tape, p, i, x| linear(tape, p, x[0], &i[..1], &i[1..]));
+    agrees!("layer_norm", &[&[37], &[37]], rows, |tape, p, i, x| layer_norm(
+        tape,
+        p,
+        x[0],
+        Some(i[0]),
+        Some(i[1]),
+        1e-5
+    ));
+    agrees!("rms_norm", &[&[37]], rows, |tape, p, i, x| rms_norm(tape, p, x[0], Some(i[0]), 1e-5));
+    agrees!("batch_norm", &[&[37], &[37]], rows, |tape, p, i, x| {
+        batch_norm(tape, p, x[0], Some(i[0]), Some(i[1]), None, 1e-5)
+    });
+    agrees!("softmax", &[], [(9, 1100)], |tape, _p, _i, x| softmax(tape, x[0]));
+    agrees!("residual", &[], [(70, 37), (70, 37)], |tape, _p, _i, x| residual(tape, x[0], x[1], 5, 0.3));
+    agrees!("dropout", &[], rows, |tape, _p, _i, x| dropout(tape, x[0], 5, 0.3));
+    let ids: Vec<u32> = (0..70).map(|i| i * i % 11).collect();
+    agrees!("embedding", &[&[11, 37]], [(0, 0); 0], |tape, p, i, _x| embedding(tape, p, i[0], &ids, 6.0));
+    agrees!("cross_entropy", &[], [(70, 11)], |tape, _p, _i, x| Ok(cross_entropy(tape, x[0], &ids, 0.1)?.loss));
+    agrees!("linear_cross_entropy", &[&[11, 37], &[11]], rows, |tape, p, i, x| {
+        Ok(linear_cross_entropy(tape, p, x[0], i[0], Some(i[1]), &ids, 0.1)?.loss)
+    });
 }
