@@ -194,6 +194,18 @@ pub trait Simd<T: Float>: Copy + Send + Sync + 'static {
     }
 }
 
+/// Asks for the cache line at `p`, which may be any address, to be read soon.
+#[inline(always)]
+pub fn prefetch<T>(p: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 CPU has the instruction; it reads nothing and never faults.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
 const KEEP_MULTIPLIERS: [u32; 2] = [0x85d0_59ad, 0xc2f1_64b5];
 
 /// Whether dropout keeps the element of this column: false with probability `threshold` / 2³², decided by a hash of the

@@ -29,6 +29,7 @@ use std::ops::Range;
 use crate::error::Result;
 use crate::simd::{Buffer, Float};
 use crate::{ensure, kernel, threads};
+use pack::panel_len;
 use tile::{KC, Operands};
 
 /// The right factor.
@@ -74,8 +75,8 @@ impl<T: Float> PackedRhs<T> {
     pub fn new(b: Mat<T>) -> Result<Self> {
         let width = tile_shape::<T>().1;
         let (rows, cols) = b.shape();
-        let mut panels = Buffer::zeroed(cols.next_multiple_of(width).saturating_mul(rows))?;
-        pack_b(&mut panels, b, width, true)?;
+        let mut panels = Buffer::zeroed(cols.div_ceil(width).saturating_mul(panel_len(rows, width)))?;
+        pack_panels(&mut panels, b, width, threads::num_threads())?;
         Ok(PackedRhs { panels, rows, cols })
     }
 }
@@ -87,9 +88,12 @@ const TASK: usize = 1 << 18;
 /// Rows and columns of a task at most: its part of A and of C stay in the L2 cache.
 const TASK_ROWS: usize = 192;
 const TASK_COLS: usize = 256;
-/// Numbers packed at a time, 2 MiB of f32, which stay in the caches, and rows or columns of them.
-const PACKED: usize = 1 << 19;
-const PACKED_WIDTH: usize = 2048;
+/// Numbers of B packed at a time, half a MiB of f32, which stay in the L2 cache, and columns of it; the same for A,
+/// whose slab is read once for each slab of B.
+const SLAB_B: usize = 1 << 17;
+const SLAB_COLS: usize = 512;
+const SLAB_A: usize = 1 << 19;
+const SLAB_ROWS: usize = 2048;
 /// Rows of A further apart than this (half a page of f32) fall on few sets of the caches: many of them are packed.
 const FAR_APART: usize = 512;
 const MANY_ROWS: usize = 64;
@@ -105,7 +109,12 @@ pub fn gemm<'a, T: Float, E: Epilogue<T>>(
     beta: Beta,
     epilogue: &E,
 ) -> Result<()> {
-    product(c, a, b.into(), beta, epilogue, true)
+    let work = c.rows.saturating_mul(c.cols).saturating_mul(a.cols);
+    if work < SERIAL_BELOW {
+        return product(c, a, b.into(), beta, epilogue, 1);
+    }
+    // One section for all regions of the product, if the caller has none.
+    threads::section(None, || product(c, a, b.into(), beta, epilogue, threads::num_threads()))
 }
 
 /// The same, bit for bit, on the calling thread alone: for use inside tasks.
@@ -116,17 +125,7 @@ pub fn gemm_serial<'a, T: Float, E: Epilogue<T>>(
     beta: Beta,
     epilogue: &E,
 ) -> Result<()> {
-    product(c, a, b.into(), beta, epilogue, false)
-}
-
-/// Where a factor is read from.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Source {
-    InPlace,
-    /// Panels of a `PackedRhs`.
-    Ready,
-    /// Packed into the workspace of this call.
-    Workspace,
+    product(c, a, b.into(), beta, epilogue, 1)
 }
 
 fn product<T: Float, E: Epilogue<T>>(
@@ -135,7 +134,7 @@ fn product<T: Float, E: Epilogue<T>>(
     b: Rhs<T>,
     beta: Beta,
     epilogue: &E,
-    team: bool,
+    workers: usize,
 ) -> Result<()> {
     let (m, depth) = a.shape();
     let (b_rows, n) = b.shape();
@@ -147,72 +146,56 @@ fn product<T: Float, E: Epilogue<T>>(
     }
 
     let (tile_rows, tile_cols) = tile_shape::<T>();
-    let work = m.saturating_mul(n).saturating_mul(depth);
-    let workers = if team && work >= SERIAL_BELOW { threads::num_threads() } else { 1 };
-    let a_from = match a.col_stride == 1 || depth <= 1 {
-        true if a.row_stride <= FAR_APART || m < MANY_ROWS => Source::InPlace,
-        _ => Source::Workspace,
-    };
-    let b_from = match b {
-        Rhs::Packed(_) => Source::Ready,
-        Rhs::Plain(b) if b.col_stride == 1 && m < PACK_FROM_ROWS => Source::InPlace,
-        Rhs::Plain(_) => Source::Workspace,
-    };
+    let a_in_place = (a.col_stride == 1 || depth <= 1) && (a.row_stride <= FAR_APART || m < MANY_ROWS);
+    let pack_a = !a_in_place;
+    let pack_b = matches!(b, Rhs::Plain(b) if b.col_stride != 1 || m >= PACK_FROM_ROWS);
 
     // Slabs: what is packed at a time.
-    let width = |from: Source, all: usize| if from == Source::Workspace { all.min(PACKED_WIDTH) } else { 0 };
-    let a_width = width(a_from, m);
-    let b_width = width(b_from, n.next_multiple_of(tile_cols));
-    let slab_rows = if a_width > 0 { a_width } else { m };
-    let slab_cols = if b_width > 0 { b_width } else { n };
-    let slab_depth = match a_width + b_width {
-        0 => depth,
-        width => (PACKED / width / KC * KC).max(KC).min(depth),
-    };
+    let slab_rows = if pack_a { m.min(SLAB_ROWS) } else { m };
+    let slab_cols = if pack_b { n.min(SLAB_COLS) } else { n };
+    let deepest =
+        |pack: bool, numbers: usize, width: usize| if pack { (numbers / width / KC * KC).max(KC) } else { depth };
+    let slab_depth = depth.min(deepest(pack_a, SLAB_A, slab_rows)).min(deepest(pack_b, SLAB_B, slab_cols));
     // The gap keeps packed rows apart in the sets of the caches.
     let a_stride = slab_depth + GAP;
+    let a_len = if pack_a { slab_rows * a_stride } else { 0 };
+    let b_len = if pack_b { slab_cols.div_ceil(tile_cols) * panel_len(slab_depth, tile_cols) } else { 0 };
 
     let out = Output { data: c.data.as_mut_ptr(), row_stride: c.row_stride, borrow: PhantomData };
-    stash::with(b_width * slab_depth + a_width * a_stride, |workspace| {
-        let (b_panels, a_rows) = workspace.split_at_mut(b_width * slab_depth);
-        for cols in blocks(n, slab_cols) {
+    stash::with(b_len + a_len, |workspace| {
+        let (b_panels, a_rows) = workspace.split_at_mut(b_len);
+        for rows in blocks(m, slab_rows) {
             for ks in blocks(depth, slab_depth) {
-                let mut o = Operands {
-                    k: ks.len(),
-                    a: a.data.as_ptr(),
-                    a_row: a.row_stride,
-                    b: b_panels.as_ptr(),
-                    b_k: tile_cols,
-                    b_panel: ks.len() * tile_cols,
-                    c: out.data,
-                    c_row: out.row_stride,
-                    accumulate: beta == Beta::Add || ks.start > 0,
-                };
-                match b {
-                    Rhs::Packed(b) => {
-                        o.b = b.panels.as_ptr().wrapping_add(cols.start * depth + ks.start * tile_cols);
-                        o.b_panel = depth * tile_cols;
-                    }
-                    Rhs::Plain(b) if b_from == Source::InPlace => {
-                        o.b = b.data.as_ptr().wrapping_add(ks.start * b.row_stride + cols.start);
-                        o.b_k = b.row_stride;
-                        o.b_panel = tile_cols;
-                    }
-                    Rhs::Plain(b) => {
-                        let slab = b.rows(ks.clone())?.columns(cols.clone())?;
-                        pack_b(b_panels, slab, tile_cols, workers > 1)?;
-                    }
+                let (mut a_from, mut a_row) =
+                    (a.data.as_ptr().wrapping_add(rows.start * a.row_stride + ks.start), a.row_stride);
+                if pack_a {
+                    pack_rows(a_rows, a_stride, a.rows(rows.clone())?.columns(ks.clone())?, workers)?;
+                    (a_from, a_row) = (a_rows.as_ptr(), a_stride);
                 }
-                for rows in blocks(m, slab_rows) {
-                    if a_from == Source::Workspace {
-                        let slab = a.columns(ks.clone())?.rows(rows.clone())?;
-                        pack_a(a_rows, a_stride, slab, workers > 1)?;
-                        (o.a, o.a_row) = (a_rows.as_ptr(), a_stride);
-                    } else {
-                        o.a = a.data.as_ptr().wrapping_add(rows.start * a.row_stride + ks.start);
-                    }
-                    o.c = out.data.wrapping_add(rows.start * out.row_stride + cols.start);
-                    let slab = Slab(o);
+                for cols in blocks(n, slab_cols) {
+                    let (b_from, b_k, b_panel) = match b {
+                        Rhs::Packed(b) => {
+                            (b.panels[ks.start * tile_cols..].as_ptr(), tile_cols, panel_len(depth, tile_cols))
+                        }
+                        Rhs::Plain(b) if pack_b => {
+                            pack_panels(b_panels, b.rows(ks.clone())?.columns(cols.clone())?, tile_cols, workers)?;
+                            (b_panels.as_ptr(), tile_cols, panel_len(ks.len(), tile_cols))
+                        }
+                        Rhs::Plain(b) => {
+                            (b.data.as_ptr().wrapping_add(ks.start * b.row_stride), b.row_stride, tile_cols)
+                        }
+                    };
+                    let slab = Slab(Operands {
+                        k: ks.len(),
+                        a: a_from,
+                        a_row,
+                        b: b_from,
+                        b_k,
+                        b_panel,
+                        c: out.data.wrapping_add(rows.start * out.row_stride + cols.start),
+                        c_row: out.row_stride,
+                        accumulate: beta == Beta::Add || ks.start > 0,
+                    });
                     let grid = Grid::new(rows.len(), cols.len(), ks.len(), workers, (tile_rows, tile_cols));
                     let last = ks.end == depth && E::ACTIVE;
                     let task = |index| {
@@ -222,7 +205,7 @@ fn product<T: Float, E: Epilogue<T>>(
                             finish(epilogue, out, shift(r, rows.start), shift(c, cols.start));
                         }
                     };
-                    run(grid.tasks(), workers > 1 || team, task)?;
+                    run(grid.tasks(), workers, task)?;
                 }
             }
         }
@@ -240,8 +223,8 @@ fn shift(range: Range<usize>, by: usize) -> Range<usize> {
     range.start + by..range.end + by
 }
 
-fn run(tasks: usize, team: bool, task: impl Fn(usize) + Sync) -> Result<()> {
-    if team {
+fn run(tasks: usize, workers: usize, task: impl Fn(usize) + Sync) -> Result<()> {
+    if workers > 1 {
         return threads::parallel(tasks, task);
     }
     (0..tasks).for_each(task);
@@ -257,15 +240,16 @@ kernel! {
 }
 
 /// Packs `b`, K x columns, into panels.
-fn pack_b<T: Float>(dst: &mut [T], b: Mat<T>, width: usize, team: bool) -> Result<()> {
+fn pack_panels<T: Float>(dst: &mut [T], b: Mat<T>, width: usize, workers: usize) -> Result<()> {
     let (depth, cols) = b.shape();
     if depth == 0 || cols == 0 {
         return Ok(());
     }
-    let group = (threads::GRAIN / (depth * width)).clamp(1, 16) * width;
-    let parts = dst[..cols.div_ceil(width) * width * depth].chunks_mut(group * depth);
+    let group = (threads::GRAIN / (depth * width)).clamp(1, 16);
+    let parts = dst.chunks_mut(group * panel_len(depth, width));
+    let group = group * width;
     let parts = parts.zip((0..cols).step_by(group)).map(|(part, from)| (part, from..cols.min(from + group)));
-    each(parts, team, |(part, range)| {
+    each(parts, workers, |(part, range)| {
         if let Ok(b) = b.columns(range) {
             pack::pack_panels(part, b);
         }
@@ -273,24 +257,24 @@ fn pack_b<T: Float>(dst: &mut [T], b: Mat<T>, width: usize, team: bool) -> Resul
 }
 
 /// Packs the rows of `a`, `stride` apart.
-fn pack_a<T: Float>(dst: &mut [T], stride: usize, a: Mat<T>, team: bool) -> Result<()> {
+fn pack_rows<T: Float>(dst: &mut [T], stride: usize, a: Mat<T>, workers: usize) -> Result<()> {
     let (rows, depth) = a.shape();
     let group = (threads::GRAIN / depth.max(1)).clamp(16, 64);
     let parts = dst.chunks_mut(group * stride);
     let parts = parts.zip((0..rows).step_by(group)).map(|(part, from)| (part, from..rows.min(from + group)));
-    each(parts, team, |(part, range)| {
+    each(parts, workers, |(part, range)| {
         if let Ok(a) = a.rows(range) {
             pack::pack_rows(part, stride, a);
         }
     })
 }
 
-fn each<I>(items: I, team: bool, task: impl Fn(I::Item) + Sync) -> Result<()>
+fn each<I>(items: I, workers: usize, task: impl Fn(I::Item) + Sync) -> Result<()>
 where
     I: ExactSizeIterator,
     I::Item: Send,
 {
-    if team {
+    if workers > 1 {
         return threads::for_each(items, task);
     }
     items.for_each(task);
@@ -379,6 +363,8 @@ kernel! {
                         accumulate: slab.accumulate || ks.start > 0,
                         ..slab
                     };
+                    let next = if count < left_rows { (row + count, col) } else { (rows.start, col + panels * tile_cols) };
+                    tile::prefetch_c(s, slab.c.wrapping_add(next.0 * slab.c_row + next.1), slab.c_row);
                     // SAFETY: `product` checked that the views hold these rows, columns and steps; this task alone
                     // has these elements of C.
                     unsafe {

@@ -3,23 +3,29 @@
 use super::Mat;
 use crate::simd::{Float, Simd};
 
+/// From one panel to the next: a row more than the panel has, so that rows of panels side by side do not fall on the
+/// same set of the caches.
+pub(super) fn panel_len(depth: usize, width: usize) -> usize {
+    (depth + 1).saturating_mul(width)
+}
+
 crate::kernel! {
     /// Panel p of `dst` holds the columns p · width.. of `b` (K x columns), row after row; columns that `b` lacks are
     /// zeros.
     pub(super) fn pack_panels<'a, T>(s: S; dst: &'a mut [T], b: Mat<'a, T>) {
         let width = S::TILE_VECTORS * S::LANES;
         let (depth, cols) = b.shape();
-        let len = depth * width;
+        let len = panel_len(depth, width);
         assert!(dst.len() >= cols.div_ceil(width) * len);
         let whole = cols / width * width;
         if b.col_stride == 1 {
-            // A few panels at a time: their rows are read in pieces of some cache lines, from top to bottom.
+            // A few panels at a time: more of them written at once are slower than short pieces read.
             let group = 4 * width;
             for from in (0..whole).step_by(group) {
                 let cols = group.min(whole - from);
                 for k in 0..depth {
                     let row = &b.data[k * b.row_stride + from..][..cols];
-                    for (panel, row) in dst[from * depth..].chunks_exact_mut(len).zip(row.chunks_exact(width)) {
+                    for (panel, row) in dst[from / width * len..].chunks_exact_mut(len).zip(row.chunks_exact(width)) {
                         let panel = &mut panel[k * width..][..width];
                         for (panel, row) in panel.chunks_exact_mut(S::LANES).zip(row.chunks_exact(S::LANES)) {
                             s.store(s.load(row), panel);
@@ -34,7 +40,7 @@ crate::kernel! {
             }
         }
         if whole < cols {
-            for (k, row) in dst[whole * depth..].chunks_exact_mut(width).take(depth).enumerate() {
+            for (k, row) in dst[whole / width * len..].chunks_exact_mut(width).take(depth).enumerate() {
                 for (j, x) in row.iter_mut().enumerate() {
                     *x = if whole + j < cols { b.at(k, whole + j) } else { T::ZERO };
                 }

@@ -50,10 +50,10 @@ fn matches_reference<T: Float>(m: usize, n: usize, k: usize, a_kind: usize, b_ki
             Beta::Add => before[i * stride + j].to_f64(),
         });
         let mut results: Vec<Vec<T>> = Vec::new();
-        for (rhs, team) in [(Rhs::Plain(b), true), (Rhs::Plain(b), false), (Rhs::Packed(&packed), true)] {
+        for (rhs, workers) in [(Rhs::Plain(b), 2), (Rhs::Plain(b), 1), (Rhs::Packed(&packed), 2)] {
             let mut c = before.clone();
             let out = MatMut::with_stride(&mut c, m, n, stride).unwrap();
-            product(out, a, rhs, beta, &NoEpilogue, team).unwrap();
+            product(out, a, rhs, beta, &NoEpilogue, workers).unwrap();
             for (at, (c, before)) in c.iter().zip(&before).enumerate() {
                 let (i, j) = (at / stride, at % stride);
                 if i < m && j < n {
@@ -110,9 +110,10 @@ fn products_around_blocks() {
 #[test]
 fn products_larger_than_the_workspace() {
     // Wider than a packed slab in each direction, and deeper than a slab of that width.
-    matches_reference::<f32>(30, PACKED_WIDTH + 9, 2 * KC + 5, 0, 1);
-    matches_reference::<f32>(PACKED_WIDTH + 9, 30, KC + 5, 1, 0);
-    matches_reference::<f32>(40, 40, PACKED / 80 + KC, 1, 0);
+    matches_reference::<f32>(30, 2 * SLAB_COLS + 9, 2 * KC + 5, 0, 1);
+    matches_reference::<f32>(SLAB_ROWS + 9, 30, KC + 5, 1, 0);
+    matches_reference::<f32>(SLAB_ROWS + 1, SLAB_COLS + 1, KC + 1, 3, 4);
+    matches_reference::<f32>(40, 40, SLAB_B / 40 + KC, 1, 0);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 // Loops over rows, panels and vectors read like the formula; iterators would hide it.
 #![allow(clippy::needless_range_loop)]
 
-use crate::simd::{Float, Simd};
+use crate::simd::{Float, Simd, prefetch};
 
 /// Depth of a block along K: its panel of B (KC · NR numbers) stays in the L1 cache while the rows of A pass by. No bit
 /// depends on it, because the accumulators of a later block start from C.
@@ -138,6 +138,18 @@ unsafe fn tile<T: Float, S: Simd<T>, const R: usize, const P: usize, const V: us
                 }
             }
         }
+    }
+}
+
+/// Asks for the tile of C that comes next: a chain goes on from C, so a tile cannot begin without it. (Addresses past the
+/// end of C are harmless.)
+#[inline(always)]
+pub(super) fn prefetch_c<T: Float, S: Simd<T>>(_: S, c: *const T, c_row: usize) {
+    for r in 0..S::TILE_ROWS {
+        for v in 0..S::TILE_VECTORS {
+            prefetch(c.wrapping_add(r * c_row + v * S::LANES));
+        }
+        prefetch(c.wrapping_add(r * c_row + S::TILE_VECTORS * S::LANES - 1));
     }
 }
 
