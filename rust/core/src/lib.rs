@@ -4,6 +4,7 @@
 //! `kernels` · `simd`, `threads`, `rows`, `rng`, `error`.
 
 pub mod error;
+pub mod generate;
 pub mod kernels;
 pub mod models;
 pub mod nn;

@@ -1,0 +1,358 @@
+//! Decoding against a plain search that decodes every prefix again, alone and without a cache.
+
+use super::*;
+use crate::error::Error;
+use crate::kernels::softmax::log_sum_exp;
+use crate::models::{Batch, PositionKind, Tie, TransformerConfig};
+use crate::nn::FeedForwardActivation;
+use crate::threads::{section, with_local_limit};
+
+const PAD: u32 = 0;
+const BOS: u32 = 1;
+const EOS: u32 = 2;
+
+struct Fixture {
+    model: Transformer,
+    params: Params<f32>,
+}
+
+fn config() -> TransformerConfig {
+    TransformerConfig {
+        d_model: 16,
+        n_heads: 2,
+        n_encoder_layers: 2,
+        n_decoder_layers: 2,
+        d_ff: 24,
+        ..TransformerConfig::new(9, 8)
+    }
+}
+
+impl Fixture {
+    /// A random model whose head is large enough to make some tokens much likelier than others.
+    fn new(config: TransformerConfig, seed: u64) -> Self {
+        let model = Transformer::new(config).unwrap();
+        let mut fixture = Fixture { params: Params::init(model.layout().clone(), seed).unwrap(), model };
+        let head = if fixture.model.config().tie_embeddings.is_none() { "head.weight" } else { "tgt_embedding.weight" };
+        fixture.change(head, |_, w| 3.0 * w);
+        fixture
+    }
+
+    /// Changes the elements of a parameter, given their numbers.
+    fn change(&mut self, name: &str, f: impl Fn(usize, f32) -> f32) {
+        let id = self.params.layout().find(name).unwrap();
+        let values: Vec<f32> = self.params.get(id).iter().enumerate().map(|(i, &w)| f(i, w)).collect();
+        self.params.set(id, &values).unwrap();
+    }
+
+    fn search(&self, sources: &[&[u32]], options: &GenerateOptions) -> Result<Vec<Vec<Hypothesis>>> {
+        let rows = Rows::from_lengths(&sources.iter().map(|s| s.len()).collect::<Vec<_>>());
+        hypotheses(&self.model, &mut Pool::default(), &self.params, &sources.concat(), &rows, options)
+    }
+
+    /// The logits after a prefix.
+    fn next(&self, src: &[u32], prefix: &[u32]) -> Vec<f32> {
+        let (src_rows, rows) = (Rows::from_lengths(&[src.len()]), Rows::from_lengths(&[prefix.len() + 1]));
+        let mut tape = Tape::evaluation(Pool::default());
+        let memory = self.model.encode(&mut tape, &self.params, src, &src_rows).unwrap();
+        let tgt_in = [&[BOS], prefix].concat();
+        let hidden = self.model.decode(&mut tape, &self.params, &tgt_in, &rows, memory, &src_rows).unwrap();
+        let logits = self.model.logits(&mut tape, &self.params, hidden).unwrap();
+        tape.value(logits).unwrap().row(prefix.len()).to_vec()
+    }
+
+    /// What may follow a prefix: id, logit and log-probability.
+    fn continuations(&self, src: &[u32], prefix: &[u32], min_len: usize) -> Vec<(u32, f32, f32)> {
+        let logits = self.next(src, prefix);
+        let lse = log_sum_exp(&logits);
+        let all = (0..).zip(&logits).map(|(id, &logit)| (id, logit, lse.log_probability(logit)));
+        all.filter(|&(id, ..)| id != PAD && id != BOS && (id != EOS || prefix.len() >= min_len)).collect()
+    }
+
+    /// Beam search in plain words. It never ends early because the outcome is certain.
+    fn plain_search(&self, src: &[u32], options: &GenerateOptions) -> Vec<Hypothesis> {
+        let max_len = options.max_len.unwrap_or(2 * src.len() + 10);
+        let mut live = vec![(Vec::new(), Vec::new())];
+        let mut ended = Vec::new();
+        for len in 0..max_len {
+            let mut all = Vec::new();
+            for (beam, (ids, logprobs)) in live.iter().enumerate() {
+                for (id, logit, logprob) in self.continuations(src, ids, options.min_len) {
+                    let logprobs = [logprobs.as_slice(), &[logprob]].concat();
+                    all.push((sum(&logprobs), beam, logit, id, logprobs));
+                }
+            }
+            all.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)).then(b.2.total_cmp(&a.2)).then(a.3.cmp(&b.3)));
+            for (_, beam, _, id, logprobs) in all.iter().take(options.beam) {
+                if *id == EOS {
+                    ended.push(hypothesis(live[*beam].0.clone(), logprobs.clone(), true, options));
+                }
+            }
+            let others = all.iter().filter(|&&(.., id, _)| id != EOS).take(options.beam);
+            live = others
+                .map(|(_, beam, _, id, logprobs)| ([&live[*beam].0[..], &[*id]].concat(), logprobs.clone()))
+                .collect();
+            if ended.len() >= options.beam {
+                break;
+            }
+            if len + 1 == max_len {
+                ended.extend(live.drain(..).map(|(ids, logprobs)| hypothesis(ids, logprobs, false, options)));
+            }
+        }
+        ended.sort_by(|a, b| b.score.total_cmp(&a.score));
+        ended.truncate(options.n_best);
+        ended
+    }
+}
+
+fn sum(logprobs: &[f32]) -> f64 {
+    logprobs.iter().map(|&x| f64::from(x)).sum()
+}
+
+fn hypothesis(ids: Vec<u32>, token_logprobs: Vec<f32>, finished: bool, options: &GenerateOptions) -> Hypothesis {
+    let score = sum(&token_logprobs) / libm::pow(token_logprobs.len() as f64, options.length_penalty);
+    Hypothesis { ids, score, token_logprobs, finished, attention: None }
+}
+
+/// Ragged sources, one of them empty.
+const SOURCES: [&[u32]; 5] = [&[3, 4, 5, 6, 7, 8], &[8, 3], &[], &[5, 5, 5, 1, 2, 4, 3, 6, 7], &[6]];
+
+fn beams(beam: usize, n_best: usize) -> GenerateOptions {
+    GenerateOptions { beam, n_best, ..GenerateOptions::default() }
+}
+
+#[test]
+fn every_option_equals_the_plain_search_bit_for_bit() {
+    let configs = [
+        config(),
+        TransformerConfig { norm_first: false, tie_embeddings: Some(Tie::Target), head_bias: false, ..config() },
+        TransformerConfig {
+            positions: PositionKind::Learned,
+            max_positions: Some(40),
+            activation: FeedForwardActivation::Swiglu,
+            ..config()
+        },
+    ];
+    let options = [
+        beams(1, 1),
+        GenerateOptions { min_len: 4, ..beams(1, 1) },
+        GenerateOptions { max_len: Some(3), ..beams(1, 1) },
+        beams(2, 1),
+        beams(3, 3),
+        GenerateOptions { length_penalty: 0.0, ..beams(4, 2) },
+        GenerateOptions { length_penalty: 0.6, ..beams(4, 1) },
+        GenerateOptions { length_penalty: 2.5, min_len: 2, ..beams(3, 2) },
+        GenerateOptions { max_len: Some(6), min_len: 6, ..beams(2, 2) },
+        GenerateOptions { max_len: Some(1), ..beams(2, 2) },
+        GenerateOptions { max_len: Some(5), ..beams(20, 7) },
+    ];
+    let (mut finished, mut cut_off) = (0, 0);
+    for (seed, config) in configs.into_iter().enumerate() {
+        let fixture = Fixture::new(config, seed as u64);
+        for options in &options {
+            let found = fixture.search(&SOURCES, options).unwrap();
+            for (src, found) in SOURCES.iter().zip(&found) {
+                assert_eq!(found, &fixture.plain_search(src, options), "{src:?} {options:?}");
+                finished += found.iter().filter(|h| h.finished).count();
+                cut_off += found.iter().filter(|h| !h.finished).count();
+            }
+        }
+    }
+    assert!(finished > 50 && cut_off > 50, "{finished} finished, {cut_off} cut off");
+}
+
+#[test]
+fn greedy_follows_the_likeliest_token() {
+    let fixture = Fixture::new(config(), 3);
+    let found = fixture.search(&SOURCES, &GenerateOptions::default()).unwrap();
+    for (src, found) in SOURCES.iter().zip(&found) {
+        let mut ids = Vec::new();
+        let finished = loop {
+            let logits = fixture.next(src, &ids);
+            let likeliest = (EOS..8).max_by(|&a, &b| logits[a as usize].total_cmp(&logits[b as usize])).unwrap();
+            if likeliest == EOS {
+                break true;
+            }
+            ids.push(likeliest);
+            if ids.len() == 2 * src.len() + 10 {
+                break false;
+            }
+        };
+        assert_eq!((found.len(), &found[0].ids, found[0].finished), (1, &ids, finished));
+    }
+}
+
+#[test]
+fn a_beam_wider_than_the_language_finds_its_best() {
+    // Letters 3 and 4, at most 4 of them: 15 ways to finish, 16 to be cut off.
+    let fixture = Fixture::new(TransformerConfig { tgt_vocab: 5, ..config() }, 5);
+    for length_penalty in [0.0, 1.0, 3.0] {
+        let options = GenerateOptions { max_len: Some(4), length_penalty, ..beams(1000, 31) };
+        let src: &[u32] = &[4, 7, 3];
+        let mut all = Vec::new();
+        let mut prefixes = vec![(Vec::new(), Vec::new())];
+        while let Some((ids, logprobs)) = prefixes.pop() {
+            if ids.len() == 4 {
+                all.push(hypothesis(ids, logprobs, false, &options));
+                continue;
+            }
+            for (id, _, logprob) in fixture.continuations(src, &ids, 0) {
+                let logprobs = [logprobs.as_slice(), &[logprob]].concat();
+                if id == EOS {
+                    all.push(hypothesis(ids.clone(), logprobs, true, &options));
+                } else {
+                    prefixes.push(([ids.as_slice(), &[id]].concat(), logprobs));
+                }
+            }
+        }
+        all.sort_by(|a, b| b.score.total_cmp(&a.score));
+        assert_eq!(all.len(), 31);
+        assert!(all.windows(2).all(|pair| pair[0].score > pair[1].score), "no ties in this test");
+        for n_best in [1, 5, 31] {
+            let found = fixture.search(&[src], &GenerateOptions { n_best, ..options.clone() }).unwrap();
+            assert_eq!(found[0], all[..n_best]);
+        }
+    }
+}
+
+#[test]
+fn a_source_gets_the_same_bits_alone_in_any_batch_order_and_number_of_threads() {
+    let fixture = Fixture::new(config(), 8);
+    for options in [GenerateOptions::default(), GenerateOptions { attention: true, ..beams(4, 3) }] {
+        let together = fixture.search(&SOURCES, &options).unwrap();
+        for (src, expected) in SOURCES.iter().zip(&together) {
+            assert_eq!(&fixture.search(&[src], &options).unwrap()[0], expected);
+        }
+        let turned: Vec<&[u32]> = SOURCES.iter().rev().copied().chain([SOURCES[1]; 3]).collect();
+        let mut again = fixture.search(&turned, &options).unwrap();
+        assert_eq!(again.split_off(5), vec![together[1].clone(); 3]);
+        again.reverse();
+        assert_eq!(again, together);
+        for threads in [1, 2, 3, 7] {
+            assert_eq!(with_local_limit(threads, || fixture.search(&SOURCES, &options)).unwrap(), together);
+        }
+    }
+}
+
+#[test]
+fn log_probabilities_are_those_that_score_gives() {
+    let mut fixture = Fixture::new(config(), 13);
+    // What may never be said is likeliest here: the rest must keep its small share.
+    fixture.change("head.bias", |id, b| if id == BOS as usize || id == PAD as usize { 6.0 } else { b });
+    let options = GenerateOptions { min_len: 3, ..beams(4, 4) };
+    let found = fixture.search(&SOURCES, &options).unwrap();
+    for finished in [true, false] {
+        let pairs: Vec<(&[u32], &Hypothesis)> = SOURCES
+            .iter()
+            .zip(&found)
+            .flat_map(|(&src, found)| found.iter().map(move |h| (src, h)))
+            .filter(|(_, h)| h.finished == finished)
+            .collect();
+        assert!(pairs.len() >= 2, "{found:?}");
+        let src: Vec<&[u32]> = pairs.iter().map(|&(src, _)| src).collect();
+        let tgt: Vec<&[u32]> = pairs.iter().map(|(_, h)| &h.ids[..]).collect();
+        let batch = Batch::new(&src, &tgt, BOS, EOS).unwrap();
+        let mut tape = Tape::evaluation(Pool::default());
+        let scores = fixture.model.score(&mut tape, &fixture.params, &batch).unwrap();
+        for (i, (_, h)) in pairs.iter().enumerate() {
+            // Without EOS the last score is that of a token the hypothesis does not have.
+            let scores = &scores[batch.tgt_rows.range(i)];
+            assert_eq!(h.token_logprobs, scores[..h.ids.len() + usize::from(finished)]);
+            assert!(h.ids.len() >= 3 && h.ids.iter().all(|&id| id > EOS) && h.token_logprobs[0] < -3.0);
+        }
+    }
+}
+
+#[test]
+fn attention_is_that_of_the_steps_and_asking_for_it_changes_nothing() {
+    let fixture = Fixture::new(config(), 21);
+    let plain = fixture.search(&SOURCES, &beams(3, 3)).unwrap();
+    let options = GenerateOptions { attention: true, ..beams(3, 3) };
+    let mut found = fixture.search(&SOURCES, &options).unwrap();
+    for (src, found) in SOURCES.iter().zip(&mut found) {
+        for h in found {
+            let attention = h.attention.take().unwrap();
+            assert_eq!(attention.shape, [2, 2, h.token_logprobs.len(), src.len()]);
+            if src.is_empty() {
+                continue;
+            }
+            for row in attention.values.chunks(src.len()) {
+                assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-5);
+            }
+            // The same tokens once more, by the cache, a token at a time.
+            let rows = Rows::from_lengths(&[src.len()]);
+            let mut tape = Tape::evaluation(Pool::default());
+            let memory = fixture.model.encode(&mut tape, &fixture.params, src, &rows).unwrap();
+            let mut state = fixture.model.start(&mut tape, &fixture.params, memory, &rows).unwrap();
+            tape.collect_attention();
+            for (t, &token) in [BOS].iter().chain(&h.ids).take(h.token_logprobs.len()).enumerate() {
+                let one = Rows::from_lengths(&[1]);
+                fixture.model.advance(&mut tape, &fixture.params, &[token], &one, &mut state).unwrap();
+                for (layer, step) in tape.take_attention().iter().skip(1).step_by(2).enumerate() {
+                    for (head, weights) in step.values.chunks(src.len()).enumerate() {
+                        let row = (layer * 2 + head) * h.token_logprobs.len() + t;
+                        assert_eq!(attention.values[row * src.len()..][..src.len()], *weights);
+                    }
+                }
+            }
+        }
+    }
+    assert_eq!(found, plain);
+}
+
+#[test]
+fn weights_that_are_not_finite_are_an_error_with_step_and_source() {
+    let mut fixture = Fixture::new(config(), 1);
+    let good = fixture.search(&SOURCES, &beams(2, 1)).unwrap();
+    // Source id 8 is used by the first two.
+    let before = Fixture::new(config(), 1).params;
+    fixture.change("src_embedding.weight", |i, w| if i / 16 == 8 { f32::NAN } else { w });
+    let error = fixture.search(&[SOURCES[4], SOURCES[1]], &beams(2, 1)).unwrap_err();
+    assert!(matches!(&error, Error::NonFinite(text) if text.contains("token 0 of source 1")), "{error}");
+    assert_eq!(fixture.search(&[SOURCES[4]], &beams(2, 1)).unwrap()[0], good[4]);
+    // An embedding that is first read in the second step.
+    fixture.params = before;
+    let first = good[4][0].ids[0] as usize;
+    fixture.change("tgt_embedding.weight", |i, w| if i / 16 == first { f32::INFINITY } else { w });
+    let error = fixture.search(&[SOURCES[4]], &GenerateOptions { min_len: 2, ..beams(8, 1) }).unwrap_err();
+    assert!(matches!(&error, Error::NonFinite(text) if text.contains("token 1 of source 0")), "{error}");
+}
+
+#[test]
+fn bad_input_is_refused_and_little_input_is_served() {
+    let fixture = Fixture::new(config(), 1);
+    let greedy = GenerateOptions::default();
+    assert_eq!(fixture.search(&[], &greedy).unwrap(), Vec::<Vec<Hypothesis>>::new());
+    assert!(matches!(fixture.search(&[&[3, 9]], &greedy), Err(Error::TokenOutOfRange(_))));
+    assert!(matches!(fixture.search(&[], &beams(0, 0)), Err(Error::Config(_))));
+    let rows = Rows::from_lengths(&[3]);
+    let error = hypotheses(&fixture.model, &mut Pool::default(), &fixture.params, &[3, 4], &rows, &greedy).unwrap_err();
+    assert!(matches!(error, Error::Shape(_)), "{error}");
+    // A vocabulary that has no letters: with EOS forbidden nothing can follow.
+    let mute = Fixture::new(TransformerConfig { tgt_vocab: 3, ..config() }, 1);
+    let found = mute.search(&[&[3]], &GenerateOptions { min_len: 1, ..beams(2, 2) }).unwrap();
+    assert_eq!(found, [[hypothesis(vec![], vec![], false, &greedy)].map(|h| Hypothesis { score: 0.0, ..h })]);
+    let found = mute.search(&[&[3]], &beams(2, 2)).unwrap();
+    assert!(found[0].len() == 1 && found[0][0].finished && found[0][0].ids.is_empty());
+}
+
+#[test]
+fn a_decoding_can_be_interrupted() {
+    let fixture = Fixture::new(config(), 1);
+    let endless = GenerateOptions { min_len: 1_000_000, max_len: Some(1_000_000), ..beams(4, 1) };
+    let result = section(Some(&|| true), || fixture.search(&SOURCES, &endless));
+    assert_eq!(result, Err(Error::Interrupted));
+    assert!(fixture.search(&SOURCES, &beams(4, 1)).is_ok());
+}
+
+#[test]
+fn buffers_do_not_grow_with_the_steps() {
+    let fixture = Fixture::new(config(), 1);
+    let bytes = |steps: usize| {
+        let mut pool = Pool::default();
+        let options = GenerateOptions { min_len: steps, max_len: Some(steps), ..beams(3, 3) };
+        hypotheses(&fixture.model, &mut pool, &fixture.params, &[3, 4, 5], &Rows::from_lengths(&[3]), &options)
+            .unwrap();
+        pool.bytes()
+    };
+    assert_eq!(bytes(100), bytes(10));
+}
