@@ -13,6 +13,7 @@ pub mod embedding;
 pub mod gemm;
 mod lanes;
 pub mod norm;
+pub mod optimizer;
 pub mod reduce;
 pub mod softmax;
 
