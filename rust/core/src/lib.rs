@@ -14,3 +14,4 @@ pub mod rows;
 pub mod simd;
 pub mod tape;
 pub mod threads;
+pub mod train;
