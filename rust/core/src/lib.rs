@@ -3,6 +3,7 @@
 //! The floors, each knowing only those below it: `models`, `generate`, `train` · `nn` · `ops` · `tape` ·
 //! `kernels` · `simd`, `threads`, `rows`, `rng`, `error`.
 
+pub mod checkpoint;
 pub mod error;
 pub mod generate;
 pub mod kernels;

@@ -1,0 +1,295 @@
+//! Files as they should be, as a kill leaves them, and as nobody should make them.
+
+pub(crate) use super::files::tests::Folder;
+use super::*;
+use crate::tape::{Builder, Init};
+use half::{bf16, f16};
+use safetensors::{Dtype, SafeTensors, serialize, tensor::TensorView};
+use std::collections::HashMap;
+use std::io::Write;
+use std::sync::Arc;
+
+const JSON: &str = r#"{"d_model": 4, "dropout": 0.30000000000000004, "norm": {"kind": "layer"}}"#;
+
+fn params(seed: u64) -> Params<f32> {
+    let mut b = Builder::new();
+    b.param("embedding.weight", &[5, 3], Init::Normal { std: 1.0 });
+    b.param("head.bias", &[5], Init::Normal { std: 1.0 });
+    b.stat("norm.running_var", 3, 1.0);
+    Params::init(Arc::new(b.finish()), seed).unwrap()
+}
+
+fn bits(params: &Params<f32>) -> Vec<u32> {
+    state_dict(params).iter().flat_map(|(.., values)| values.iter().map(|x| x.to_bits())).collect()
+}
+
+fn load(folder: &Path) -> Result<Params<f32>> {
+    let mut to = params(99);
+    Checkpoint::open(folder)?.load_into(&mut to, &[])?;
+    Ok(to)
+}
+
+fn checkpoint_error(folder: &Path, case: &str) -> String {
+    match load(folder) {
+        Err(Error::Checkpoint(text)) => text,
+        other => panic!("{case}: expected a checkpoint error, got {:?}", other.map(|_| "a model")),
+    }
+}
+
+#[test]
+fn a_model_comes_back_bit_for_bit_and_other_files_stay() {
+    let folder = Folder::new();
+    let inside = folder.0.join("a").join("b");
+    let mut model = params(1);
+    model.set(model.layout().find("head.bias").unwrap(), &[f32::NAN, -0.0, 1e-45, f32::INFINITY, f32::MAX]).unwrap();
+    save_model(&inside, JSON, "transformer", &model).unwrap();
+    fs::write(inside.join("notes.txt"), "mine").unwrap();
+    save_model(&inside, JSON, "transformer", &model).unwrap();
+    let mut names: Vec<_> =
+        fs::read_dir(&inside).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    assert_eq!(names, ["config.json", "model.safetensors", "notes.txt"]);
+    assert_eq!(fs::read_to_string(inside.join("notes.txt")).unwrap(), "mine");
+
+    assert_eq!(bits(&load(&inside).unwrap()), bits(&model));
+    let checkpoint = Checkpoint::open(&inside).unwrap();
+    assert_eq!(checkpoint.model_type(), "transformer");
+    let json = |text: &str| serde_json::from_str::<Value>(text).unwrap();
+    assert_eq!(json(checkpoint.config_json()), json(JSON));
+    let written = json(&fs::read_to_string(inside.join("config.json")).unwrap());
+    assert_eq!((&written["format_version"], &written["model_type"]), (&json("1"), &json("\"transformer\"")));
+}
+
+#[test]
+fn the_file_is_what_the_safetensors_crate_reads_and_the_same_each_time() {
+    let folder = Folder::new();
+    let model = params(1);
+    let write = || {
+        save_model(&folder.0, JSON, "transformer", &model).unwrap();
+        fs::read(folder.0.join(MODEL)).unwrap()
+    };
+    let bytes = write();
+    assert_eq!(write(), bytes);
+    let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+    assert_eq!(metadata.metadata().as_ref().unwrap()["format"], "pt");
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(tensors.len(), 3);
+    for (name, shape, values) in state_dict(&model) {
+        let tensor = tensors.tensor(name).unwrap();
+        assert_eq!((tensor.dtype(), tensor.shape()), (Dtype::F32, shape));
+        let numbers: Vec<f32> = tensor.data().as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+        assert_eq!(numbers, values);
+    }
+}
+
+/// Writes a model file by the safetensors crate.
+fn write_foreign(folder: &Path, tensors: &[(&str, Dtype, &[usize], Vec<u8>)], config: Option<&str>) {
+    let views = tensors
+        .iter()
+        .map(|(name, dtype, shape, data)| (name.to_string(), TensorView::new(*dtype, shape.to_vec(), data).unwrap()));
+    let metadata = config.map(|config| HashMap::from([("config".to_string(), config.to_string())]));
+    fs::write(folder.join(MODEL), serialize(views, metadata).unwrap()).unwrap();
+}
+
+const CONFIG_1: &str = r#"{"format_version": 1, "model_type": "transformer"}"#;
+
+#[test]
+fn half_and_double_precision_are_read_and_integers_refused() {
+    let folder = Folder::new();
+    let weight: Vec<f32> = (0..15).map(|i| i as f32 * 0.37 - 2.0).collect();
+    let bias: Vec<f64> = (0..5).map(|i| f64::from(i) / 3.0).collect();
+    let var = [0.5f32, 1.5, 2.5];
+    let bytes = |dtype| -> Vec<u8> {
+        match dtype {
+            Dtype::F16 => weight.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
+            _ => weight.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
+        }
+    };
+    for dtype in [Dtype::F16, Dtype::BF16] {
+        let tensors = [
+            ("embedding.weight", dtype, &[5, 3][..], bytes(dtype)),
+            ("head.bias", Dtype::F64, &[5][..], bias.iter().flat_map(|x| x.to_le_bytes()).collect()),
+            ("norm.running_var", Dtype::F32, &[3][..], var.iter().flat_map(|x| x.to_le_bytes()).collect()),
+        ];
+        write_foreign(&folder.0, &tensors, Some(CONFIG_1));
+        let model = load(&folder.0).unwrap();
+        let get = |name| model.get(model.layout().find(name).unwrap());
+        let rounded = |x: f32| if dtype == Dtype::F16 { f16::from_f32(x).to_f32() } else { bf16::from_f32(x).to_f32() };
+        assert!(get("embedding.weight").iter().copied().eq(weight.iter().map(|&x| rounded(x))));
+        assert!(get("head.bias").iter().copied().eq(bias.iter().map(|&x| x as f32)));
+    }
+    let tensors = [
+        ("embedding.weight", Dtype::I32, &[5, 3][..], vec![0; 60]),
+        ("head.bias", Dtype::F32, &[4][..], vec![0; 16]),
+        ("other", Dtype::F32, &[][..], vec![0; 4]),
+    ];
+    write_foreign(&folder.0, &tensors, Some(CONFIG_1));
+    let text = checkpoint_error(&folder.0, "integers");
+    for part in ["1 missing (`norm.running_var`)", "1 unexpected (`other`)", "2 unfit", "got I32", "expected shape [5]"]
+    {
+        assert!(text.contains(part), "{text}");
+    }
+}
+
+#[test]
+fn the_config_in_the_model_file_wins_and_config_json_helps_out() {
+    let folder = Folder::new();
+    save_model(&folder.0, JSON, "transformer", &params(1)).unwrap();
+    // As a kill between the two renames leaves it.
+    fs::write(folder.0.join(CONFIG), r#"{"format_version": 1, "model_type": "gpt"}"#).unwrap();
+    assert_eq!(Checkpoint::open(&folder.0).unwrap().model_type(), "transformer");
+    fs::remove_file(folder.0.join(CONFIG)).unwrap();
+    assert_eq!(Checkpoint::open(&folder.0).unwrap().model_type(), "transformer");
+
+    write_foreign(&folder.0, &[], None);
+    assert!(matches!(Checkpoint::open(&folder.0), Err(Error::Storage(_))));
+    for (text, part) in [
+        (r#"{"format_version": 1, "model_type": "a", "model_type": "b"}"#, "\"model_type\" comes twice"),
+        (r#"{"format_version": 2, "model_type": "a"}"#, "newer"),
+        (r#"{"format_version": -1, "model_type": "a"}"#, "format_version"),
+        (r#"{"model_type": "a"}"#, "format_version"),
+        (r#"{"format_version": 1}"#, "model_type"),
+        (r#"{"format_version": 1, "model_type": 3}"#, "model_type"),
+        ("[]", "JSON object"),
+        ("{", "EOF"),
+        ("{}x", "trailing"),
+    ] {
+        fs::write(folder.0.join(CONFIG), text).unwrap();
+        let text = checkpoint_error(&folder.0, text);
+        assert!(text.contains(part), "{text}");
+    }
+    fs::write(folder.0.join(CONFIG), "[".repeat(100_000)).unwrap();
+    checkpoint_error(&folder.0, "deep");
+    fs::write(folder.0.join(CONFIG), b"{\"\xff\": 1}").unwrap();
+    checkpoint_error(&folder.0, "no UTF-8");
+    fs::write(folder.0.join(CONFIG), " ".repeat(2 << 20)).unwrap();
+    checkpoint_error(&folder.0, "long");
+    fs::write(folder.0.join(CONFIG), CONFIG_1).unwrap();
+    assert_eq!(Checkpoint::open(&folder.0).unwrap().model_type(), "transformer");
+    assert!(save_model(&folder.0, "[]", "transformer", &params(1)).is_err());
+}
+
+#[test]
+fn no_damage_passes_for_a_model_and_none_panics() {
+    let folder = Folder::new();
+    save_model(&folder.0, JSON, "transformer", &params(1)).unwrap();
+    let sound = fs::read(folder.0.join(MODEL)).unwrap();
+    let with = |bytes: &[u8], case: &str| {
+        fs::write(folder.0.join(MODEL), bytes).unwrap();
+        checkpoint_error(&folder.0, case)
+    };
+    for length in (0..sound.len()).step_by(64).chain([1, 7, 8, 9, sound.len() - 1]) {
+        with(&sound[..length], &format!("{length} bytes"));
+    }
+    with(&[&sound[..], b"x"].concat(), "a byte too many");
+
+    // Every bit of the header: either it is noticed, or nothing that decides where numbers go has changed.
+    let header_end = 8 + u64::from_le_bytes(sound[..8].try_into().unwrap()) as usize;
+    let (mut noticed, model) = (0, bits(&params(1)));
+    for i in 0..header_end {
+        for bit in 0..8 {
+            let mut bytes = sound.clone();
+            bytes[i] ^= 1 << bit;
+            fs::write(folder.0.join(MODEL), &bytes).unwrap();
+            match load(&folder.0) {
+                Ok(loaded) => assert_eq!(bits(&loaded), model, "byte {i}, bit {bit}"),
+                Err(Error::Checkpoint(_)) => noticed += 1,
+                Err(other) => panic!("byte {i}, bit {bit}: {other:?}"),
+            }
+        }
+    }
+    assert!(noticed > header_end * 4, "{noticed} of {} flips", header_end * 8);
+}
+
+#[test]
+fn hostile_headers_are_refused_before_anything_is_allocated() {
+    let folder = Folder::new();
+    let with = |header: &str, data: &[u8]| {
+        let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), data].concat();
+        fs::write(folder.0.join(MODEL), bytes).unwrap();
+        checkpoint_error(&folder.0, header.get(..60).unwrap_or(header))
+    };
+    let tensor = |name: &str, shape: &str, start: u64, end: u64| {
+        format!(r#""{name}":{{"dtype":"F32","shape":{shape},"data_offsets":[{start},{end}]}}"#)
+    };
+    let data = [0; 64];
+    for header in [
+        "",
+        "null",
+        "[1]",
+        "{}",
+        "{\"a\":1}",
+        r#"{"a":{"dtype":"F33","shape":[1],"data_offsets":[0,64]}}"#,
+        &format!("{{{}}}", tensor("a", "[15]", 0, 64)),
+        &format!("{{{}}}", tensor("a", "[16]", 4, 68)),
+        &format!("{{{}}}", tensor("a", "[-1]", 0, 64)),
+        &format!("{{{}}}", tensor("a", "[1.5]", 0, 64)),
+        &format!("{{{}}}", tensor("a", "[18446744073709551615,2]", 0, 64)),
+        &format!("{{{}}}", tensor("a", "[4611686018427387904,4]", 0, 64)),
+        &format!("{{{}}}", tensor("a", "[2,2,2,2,1,1,1,1,1]", 0, 64)),
+        // Overlapping, with a hole, the wrong way round.
+        &format!("{{{},{}}}", tensor("a", "[16]", 0, 64), tensor("b", "[8]", 0, 32)),
+        &format!("{{{},{}}}", tensor("a", "[4]", 0, 16), tensor("b", "[8]", 32, 64)),
+        &format!("{{{}}}", tensor("a", "[16]", 64, 0)),
+    ] {
+        with(header, &data);
+    }
+    let text = with(&format!("{{{0},{0}}}", tensor("a", "[16]", 0, 64)), &data);
+    assert!(text.contains("\"a\" comes twice"), "{text}");
+    let many: Vec<String> = (0..100_002).map(|i| tensor(&i.to_string(), "[0]", 0, 0)).collect();
+    let text = with(&format!("{{{}}}", many.join(",")), &[]);
+    assert!(text.contains("keys"), "{text}");
+    let text = with(&format!("{{{}}}", tensor("a", &format!("[{}1]", "1,".repeat(1 << 20)), 0, 4)), &data[..4]);
+    assert!(text.contains("list"), "{text}");
+    with(&format!("{{\"a\":{}", "{\"a\":".repeat(200_000)), &[]);
+
+    // A header length beyond the file, and beyond every machine, though the file claims to be large.
+    for length in [57u64, 1 << 24, u64::MAX - 7, u64::MAX] {
+        let file = fs::File::create(folder.0.join(MODEL)).unwrap();
+        (&file).write_all(&length.to_le_bytes()).unwrap();
+        file.set_len(64.max(length.min(1 << 40))).unwrap();
+        checkpoint_error(&folder.0, &length.to_string());
+    }
+}
+
+#[test]
+fn a_folder_that_cannot_be_written_is_a_storage_error_and_the_old_model_stays() {
+    let folder = Folder::new();
+    save_model(&folder.0, JSON, "transformer", &params(1)).unwrap();
+    // A folder stands where the new config would go: the last rename before the end fails.
+    let old = fs::read(folder.0.join(MODEL)).unwrap();
+    fs::remove_file(folder.0.join(CONFIG)).unwrap();
+    fs::remove_file(folder.0.join(MODEL)).unwrap();
+    fs::create_dir(folder.0.join(MODEL)).unwrap();
+    fs::write(folder.0.join(MODEL).join("x"), "").unwrap();
+    assert!(matches!(save_model(&folder.0, JSON, "transformer", &params(2)), Err(Error::Storage(_))));
+    assert_eq!(folder.names(), [MODEL], "nothing temporary is left");
+    fs::remove_dir_all(folder.0.join(MODEL)).unwrap();
+    fs::write(folder.0.join(MODEL), old).unwrap();
+    assert_eq!(bits(&load(&folder.0).unwrap()), bits(&params(1)));
+
+    assert!(
+        matches!(Checkpoint::open(&folder.0.join("nowhere")), Err(Error::Storage(text)) if text.contains("nowhere"))
+    );
+    #[cfg(target_os = "linux")]
+    assert!(matches!(save_model(Path::new("/proc"), JSON, "transformer", &params(2)), Err(Error::Storage(_))));
+}
+
+#[test]
+fn only_names_of_states_are_taken_for_states() {
+    for name in ["trainer-0.safetensors", "trainer-12-3.safetensors"] {
+        assert!(is_state(name), "{name}");
+    }
+    for name in [
+        "trainer.safetensors",
+        "trainer-.safetensors",
+        "trainer-1-.safetensors",
+        "trainer-notes.safetensors",
+        "trainer-1-2-3.safetensors",
+        "trainer-1/../2.safetensors",
+        "../trainer-1.safetensors",
+        "trainer-1.safetensors.bak",
+    ] {
+        assert!(!is_state(name), "{name}");
+    }
+}
