@@ -1,0 +1,439 @@
+//! The trainer: gradients of some micro-batches, then one update of the optimiser.
+
+use super::{NO_DECAY, Optimizer, OptimizerState, Schedule, clip_scale, global_norm, pattern};
+use crate::error::Result;
+use crate::ops::CrossEntropy;
+use crate::rng::Key;
+use crate::simd::Float;
+use crate::tape::{Grads, ParamId, Params, Pool, StatId, Tape};
+use crate::threads::{section, uninterrupted};
+use crate::{bail, ensure};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// What can be trained: something with a loss.
+pub trait Loss {
+    /// What one forward pass takes.
+    type Batch;
+
+    /// The summed loss of a batch.
+    fn loss<T: Float>(
+        &self,
+        tape: &mut Tape<T>,
+        params: &Params<T>,
+        batch: &Self::Batch,
+        label_smoothing: f64,
+    ) -> Result<CrossEntropy>;
+}
+
+/// The number type of the large products.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compute {
+    /// f32 throughout.
+    #[default]
+    F32,
+    /// Operands rounded to bf16, sums in f32.
+    Bf16,
+    /// What is faster on this machine.
+    Auto,
+}
+
+/// How to train.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainerConfig {
+    /// The update rule.
+    pub optimizer: Optimizer,
+    /// How the learning rate moves.
+    pub schedule: Schedule,
+    /// The share of the target distribution that is spread over all tokens (Szegedy et al. 2016).
+    pub label_smoothing: f64,
+    /// The largest norm of the gradient of the loss per token.
+    pub clip_norm: Option<f64>,
+    /// Patterns of names that are not trained.
+    pub freeze: Vec<String>,
+    /// Patterns of names without weight decay.
+    pub no_decay: Vec<String>,
+    /// Decides dropout.
+    pub seed: u64,
+    /// The number type of the large products.
+    pub compute: Compute,
+}
+
+impl Default for TrainerConfig {
+    fn default() -> Self {
+        TrainerConfig {
+            optimizer: Optimizer::default(),
+            schedule: Schedule::default(),
+            label_smoothing: 0.0,
+            clip_norm: None,
+            freeze: Vec::new(),
+            no_decay: NO_DECAY.map(String::from).to_vec(),
+            seed: 0,
+            compute: Compute::F32,
+        }
+    }
+}
+
+impl TrainerConfig {
+    /// Refuses settings outside their domain.
+    pub fn validate(&self) -> Result<()> {
+        self.optimizer.validate()?;
+        self.schedule.validate()?;
+        ensure!(
+            (0.0..1.0).contains(&self.label_smoothing),
+            Config,
+            "Trainer: argument `label_smoothing`: expected at least 0 and below 1, got {}",
+            self.label_smoothing
+        );
+        if let Some(clip) = self.clip_norm {
+            ensure!(
+                clip > 0.0 && clip.is_finite(),
+                Config,
+                "Trainer: argument `clip_norm`: expected a finite number above 0, or none, got {clip}"
+            );
+        }
+        ensure!(
+            self.compute != Compute::Bf16,
+            Unsupported,
+            "Trainer: argument `compute`: bf16 is not available yet; use f32 or auto"
+        );
+        Ok(())
+    }
+}
+
+/// What a step did.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepResult {
+    /// The loss that is minimised, per target token.
+    pub loss: f64,
+    /// The negative log-likelihood per target token, without smoothing.
+    pub nll: f64,
+    /// Target tokens.
+    pub n_tokens: usize,
+    /// The norm of the gradient of the loss per token, before clipping.
+    pub grad_norm: f64,
+    /// The learning rate.
+    pub lr: f64,
+    /// The number of the step, from 1.
+    pub step: u64,
+}
+
+/// Losses in evaluation mode.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Evaluation {
+    /// The loss that training minimises, per target token.
+    pub loss: f64,
+    /// The negative log-likelihood per target token, without smoothing.
+    pub nll: f64,
+    /// Target tokens.
+    pub n_tokens: usize,
+}
+
+/// The gradient of the *summed* loss of a step's batches, and what belongs to it. A reduction over processes sums the
+/// arena and the three sums; nothing is divided before the optimiser pass.
+#[derive(Debug)]
+pub struct Gradients {
+    /// The arena.
+    pub grads: Grads<f32>,
+    /// Σ smoothed loss
+    pub loss_sum: f64,
+    /// Σ negative log-likelihood
+    pub nll_sum: f64,
+    /// Target tokens.
+    pub n_tokens: usize,
+    step: u64,
+    /// New running statistics: the mean of what the batches noted.
+    statistics: Vec<(StatId, Vec<f32>)>,
+}
+
+/// Trains the parameters of a model by gradient descent. It holds what a run needs besides them and borrows nothing.
+#[derive(Debug)]
+pub struct Trainer {
+    pub(super) config: TrainerConfig,
+    pub(super) step: u64,
+    /// The number of steps that schedules without a total of their own go by.
+    pub total_steps: Option<u64>,
+    /// The number of this process among those that train together: each has its own dropout.
+    pub rank: u64,
+    pub(super) state: OptimizerState,
+    /// The arena for gradients, while nobody holds it.
+    grads: Option<Grads<f32>>,
+    pool: Pool<f32>,
+    /// Whether every gradient was seen to arrive.
+    covered: bool,
+}
+
+impl Trainer {
+    /// A trainer at step 0. Which parameters train is from here on `config.freeze`'s business.
+    pub fn new(config: TrainerConfig, params: &mut Params<f32>) -> Result<Self> {
+        config.validate()?;
+        freeze(&config, params)?;
+        let grads = Grads::new(params)?;
+        let state = OptimizerState::new(&config.optimizer, &config.no_decay, params, &grads)?;
+        Ok(Trainer {
+            config,
+            step: 0,
+            total_steps: None,
+            rank: 0,
+            state,
+            grads: Some(grads),
+            pool: Pool::default(),
+            covered: false,
+        })
+    }
+
+    /// How it trains.
+    pub fn config(&self) -> &TrainerConfig {
+        &self.config
+    }
+
+    /// Steps done.
+    pub fn step_count(&self) -> u64 {
+        self.step
+    }
+
+    /// The number type in use.
+    pub fn compute(&self) -> Compute {
+        Compute::F32
+    }
+
+    /// Changes which parameters are frozen. What is set free later starts with moments of zero.
+    pub fn set_freeze(&mut self, patterns: Vec<String>, params: &mut Params<f32>) -> Result<()> {
+        let config = TrainerConfig { freeze: patterns, ..self.config.clone() };
+        freeze(&config, params)?;
+        let grads = Grads::new(params)?;
+        let mut state = OptimizerState::new(&config.optimizer, &config.no_decay, params, &grads)?;
+        state.inherit(&self.state);
+        (self.config, self.state, self.grads, self.covered) = (config, state, Some(grads), false);
+        Ok(())
+    }
+
+    /// One step: the gradient of all micro-batches together, then an update.
+    pub fn step<L: Loss>(
+        &mut self,
+        model: &L,
+        params: &mut Params<f32>,
+        micro_batches: &[L::Batch],
+    ) -> Result<StepResult> {
+        section(None, || {
+            // Another trainer of this model may have other parameters frozen.
+            freeze(&self.config, params)?;
+            let gradients = self.accumulate(model, params, micro_batches)?;
+            self.apply(params, gradients)
+        })
+    }
+
+    /// The first half of [`Trainer::step`]: nothing changes but what `apply` will need. Both halves give the bits of a step.
+    pub fn gradients<L: Loss>(
+        &mut self,
+        model: &L,
+        params: &Params<f32>,
+        micro_batches: &[L::Batch],
+    ) -> Result<(StepResult, Gradients)> {
+        section(None, || {
+            let gradients = self.accumulate(model, params, micro_batches)?;
+            match self.result(params, &gradients) {
+                Ok(result) => Ok((result, gradients)),
+                Err(error) => {
+                    self.grads = Some(gradients.grads);
+                    Err(error)
+                }
+            }
+        })
+    }
+
+    /// The second half of [`Trainer::step`]: clipping, one pass of the optimiser, running statistics. It is done whole or
+    /// not at all, and no interrupt stops it.
+    pub fn apply(&mut self, params: &mut Params<f32>, gradients: Gradients) -> Result<StepResult> {
+        section(None, || {
+            uninterrupted(|| {
+                let result = self.commit(params, &gradients);
+                // The arena is kept for the next step, also after an error.
+                self.grads = Some(gradients.grads);
+                result
+            })
+        })
+    }
+
+    /// Losses in evaluation mode, over all batches.
+    pub fn evaluate<L: Loss>(&mut self, model: &L, params: &Params<f32>, batches: &[L::Batch]) -> Result<Evaluation> {
+        let (mut loss_sum, mut nll_sum, mut n_tokens) = (0.0, 0.0, 0);
+        section(None, || {
+            for batch in batches {
+                let mut tape = Tape::evaluation(std::mem::take(&mut self.pool));
+                let losses = model.loss(&mut tape, params, batch, self.config.label_smoothing);
+                self.pool = tape.into_pool();
+                let losses = losses?;
+                loss_sum += losses.loss_sum;
+                nll_sum += losses.nll_sum;
+                n_tokens += losses.tokens;
+            }
+            Ok(())
+        })?;
+        ensure!(n_tokens > 0, Shape, "evaluate: expected at least one target token, got none");
+        let count = n_tokens as f64;
+        Ok(Evaluation { loss: loss_sum / count, nll: nll_sum / count, n_tokens })
+    }
+
+    /// Forward and backward of every micro-batch into one arena.
+    fn accumulate<L: Loss>(
+        &mut self,
+        model: &L,
+        params: &Params<f32>,
+        micro_batches: &[L::Batch],
+    ) -> Result<Gradients> {
+        let mut grads = match self.grads.take().filter(|grads| self.state.fits(grads)) {
+            Some(grads) => grads,
+            None => Grads::new(params)?,
+        };
+        grads.reset();
+        let mut gradients =
+            Gradients { grads, loss_sum: 0.0, nll_sum: 0.0, n_tokens: 0, step: self.step + 1, statistics: Vec::new() };
+        match self.run(model, params, micro_batches, &mut gradients) {
+            Ok(()) => Ok(gradients),
+            Err(error) => {
+                self.grads = Some(gradients.grads);
+                Err(error)
+            }
+        }
+    }
+
+    fn run<L: Loss>(
+        &mut self,
+        model: &L,
+        params: &Params<f32>,
+        micro_batches: &[L::Batch],
+        sum: &mut Gradients,
+    ) -> Result<()> {
+        let same_set = params.layout().ids().all(|id| params.is_trainable(id) == sum.grads.wants(id));
+        ensure!(
+            same_set && self.state.fits(&sum.grads),
+            Config,
+            "Trainer: the model's frozen parameters are not those of this trainer; another trainer changed them, \
+             make a step or a new trainer"
+        );
+        let key = Key::new(self.config.seed).fold(sum.step);
+        let mut noted: BTreeMap<StatId, (usize, Vec<f64>)> = BTreeMap::new();
+        for (micro, batch) in micro_batches.iter().enumerate() {
+            let key = key.fold(micro as u64).fold(self.rank);
+            let mut tape = Tape::training(std::mem::take(&mut self.pool), key);
+            let done = self.one_batch(model, params, batch, &mut tape, sum);
+            let statistics = tape.take_statistics();
+            self.pool = tape.into_pool();
+            done?;
+            for (id, values) in statistics {
+                let (count, sums) = noted.entry(id).or_insert_with(|| (0, vec![0.0; values.len()]));
+                *count += 1;
+                sums.iter_mut().zip(&values).for_each(|(sum, value)| *sum += f64::from(*value));
+            }
+        }
+        ensure!(sum.n_tokens > 0, Shape, "Trainer: expected at least one target token in the batch, got none");
+        if !self.covered {
+            let names: Vec<_> = sum.grads.missing().map(|id| format!("`{}`", params.layout().entry(id).name)).collect();
+            ensure!(
+                names.is_empty(),
+                Config,
+                "Trainer: no gradient reached {}: the loss does not depend on them; freeze them or remove them from the model",
+                names.join(", ")
+            );
+            self.covered = true;
+        }
+        sum.grads.complete();
+        let mean = |(id, (count, sums)): (StatId, (usize, Vec<f64>))| {
+            (id, sums.into_iter().map(|sum| (sum / count as f64) as f32).collect())
+        };
+        sum.statistics = noted.into_iter().map(mean).collect();
+        Ok(())
+    }
+
+    fn one_batch<L: Loss>(
+        &self,
+        model: &L,
+        params: &Params<f32>,
+        batch: &L::Batch,
+        tape: &mut Tape<f32>,
+        sum: &mut Gradients,
+    ) -> Result<()> {
+        let losses = model.loss(tape, params, batch, self.config.label_smoothing)?;
+        if !losses.loss_sum.is_finite() {
+            let parameter = first_non_finite(params, |id| Some(params.get(id)));
+            bail!(
+                NonFinite,
+                "step {}: the loss is {}{}; nothing was changed",
+                sum.step,
+                losses.loss_sum,
+                parameter.map(|name| format!(", and parameter `{name}` holds NaN or infinity")).unwrap_or_default()
+            );
+        }
+        sum.loss_sum += losses.loss_sum;
+        sum.nll_sum += losses.nll_sum;
+        sum.n_tokens += losses.tokens;
+        let mut one = tape.pool.tensor(1, 1)?;
+        one.fill(1.0);
+        tape.backward(params, &mut sum.grads, [(losses.loss, one)])?;
+        Ok(())
+    }
+
+    /// What a step with these gradients does; an error where it cannot be done.
+    fn result(&self, params: &Params<f32>, gradients: &Gradients) -> Result<StepResult> {
+        let Gradients { grads, loss_sum, nll_sum, n_tokens, step, .. } = gradients;
+        let count = *n_tokens as f64;
+        let grad_norm = global_norm(grads)? / count;
+        if !grad_norm.is_finite() {
+            let name = first_non_finite(params, |id| grads.get(id));
+            bail!(
+                NonFinite,
+                "step {step}: the gradient's norm is {grad_norm}{}; nothing was changed; lower the learning rate or clip",
+                name.map(|name| format!(", first in parameter `{name}`")).unwrap_or_default()
+            );
+        }
+        let lr = self.config.optimizer.lr() * self.config.schedule.factor(*step, self.total_steps)?;
+        Ok(StepResult { loss: loss_sum / count, nll: nll_sum / count, n_tokens: *n_tokens, grad_norm, lr, step: *step })
+    }
+
+    fn commit(&mut self, params: &mut Params<f32>, gradients: &Gradients) -> Result<StepResult> {
+        ensure!(
+            gradients.step == self.step + 1,
+            Config,
+            "apply: these gradients were made for step {}, the next one is {}; make them anew",
+            gradients.step,
+            self.step + 1
+        );
+        let result = self.result(params, gradients)?;
+        let scale = clip_scale(result.grad_norm, self.config.clip_norm) / result.n_tokens as f64;
+        self.state.update(&self.config.optimizer, params, &gradients.grads, result.lr, scale)?;
+        for (id, values) in &gradients.statistics {
+            params.set_stat(*id, values)?;
+        }
+        self.step += 1;
+        Ok(result)
+    }
+}
+
+/// Makes `config.freeze` hold.
+fn freeze(config: &TrainerConfig, params: &mut Params<f32>) -> Result<()> {
+    let layout = params.layout().clone();
+    for pattern in &config.freeze {
+        ensure!(
+            layout.ids().any(|id| pattern::matches(pattern, &layout.entry(id).name)),
+            Config,
+            "Trainer: argument `freeze`: no parameter is named like {pattern:?}; see the names in state_dict()"
+        );
+    }
+    let frozen = |id| pattern::any(&config.freeze, &layout.entry(id).name);
+    ensure!(
+        !layout.ids().all(frozen),
+        Config,
+        "Trainer: argument `freeze`: every parameter is frozen; leave some to train"
+    );
+    layout.ids().for_each(|id| params.set_trainable(id, !frozen(id)));
+    Ok(())
+}
+
+fn first_non_finite<'a>(params: &'a Params<f32>, values: impl Fn(ParamId) -> Option<&'a [f32]>) -> Option<&'a str> {
+    let mut ids = params.layout().ids();
+    let id = ids.find(|&id| values(id).is_some_and(|values| values.iter().any(|x| !x.is_finite())))?;
+    Some(&params.layout().entry(id).name)
+}
