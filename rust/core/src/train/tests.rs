@@ -12,6 +12,8 @@ use std::cell::Cell;
 use std::path::Path;
 use std::sync::Arc;
 
+mod transformer;
+
 struct Toy {
     w: ParamId,
     b: ParamId,

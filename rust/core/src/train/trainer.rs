@@ -2,6 +2,7 @@
 
 use super::{NO_DECAY, Optimizer, OptimizerState, Schedule, clip_scale, global_norm, pattern};
 use crate::error::Result;
+use crate::models::{Batch, Transformer};
 use crate::ops::CrossEntropy;
 use crate::rng::Key;
 use crate::simd::Float;
@@ -24,6 +25,20 @@ pub trait Loss {
         batch: &Self::Batch,
         label_smoothing: f64,
     ) -> Result<CrossEntropy>;
+}
+
+impl Loss for Transformer {
+    type Batch = Batch;
+
+    fn loss<T: Float>(
+        &self,
+        tape: &mut Tape<T>,
+        params: &Params<T>,
+        batch: &Batch,
+        label_smoothing: f64,
+    ) -> Result<CrossEntropy> {
+        Transformer::loss(self, tape, params, batch, label_smoothing)
+    }
 }
 
 /// The number type of the large products.
@@ -197,6 +212,11 @@ impl Trainer {
     /// The number type in use.
     pub fn compute(&self) -> Compute {
         Compute::F32
+    }
+
+    /// Bytes that wait for the next step.
+    pub fn pool_bytes(&self) -> usize {
+        self.pool.bytes()
     }
 
     /// Changes which parameters are frozen. What is set free later starts with moments of zero.
