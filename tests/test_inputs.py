@@ -140,7 +140,7 @@ def test_floats_of_every_kind_are_read():
 def test_mixed_types_follow_result_type():
     f16, f32, f64 = (np.ones(3, t) for t in (np.float16, np.float32, np.float64))
     for arrays, expected in [((f16, f16), "f4"), ((f16, f32), "f4"), ((f32, f64), "f8"), ((f32, None), "f4")]:
-        a, b = _arrays.as_floats("op", a=arrays[0], b=arrays[1])
+        (a,), (b,) = _arrays.as_floats("op", {"a": arrays[0]}, b=arrays[1])
         assert a.dtype == np.dtype(expected) and (b is None or b.dtype == a.dtype)
 
 

@@ -7,8 +7,9 @@ True
 
 from typing import Any
 
-from . import _core, errors
+from . import _core, errors, functional
 from ._core import __version__
+from ._vjp import vjp
 from .errors import (
     CheckpointError,
     ConfigError,
@@ -41,9 +42,11 @@ __all__ = [
     "__version__",
     "build_info",
     "errors",
+    "functional",
     "get_num_threads",
     "num_threads",
     "set_num_threads",
+    "vjp",
 ]
 
 

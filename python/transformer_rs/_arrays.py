@@ -1,13 +1,13 @@
 """What users pass, brought into the form the compiled part takes: C order, aligned, native f32, f64, int64 or bool."""
 
-from collections.abc import Sequence
+import os
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DTypeError, ShapeError, TokenOutOfRangeError
+from .errors import ConfigError, DTypeError, ShapeError, TokenOutOfRangeError
 
 FloatArray: TypeAlias = NDArray[np.floating[Any]]
 """An array of f32 or f64."""
@@ -47,12 +47,15 @@ def as_float(op: str, name: str, value: ArrayLike, dtype: Any = np.float32) -> F
     return np.require(array, dtype, ["C", "A"])
 
 
-def as_floats(op: str, **values: ArrayLike | None) -> tuple[FloatArray | None, ...]:
-    """Arrays of floats in their common type: f64 if one of them is f64, f32 otherwise. None stays None."""
-    arrays = {name: as_array(op, name, value) for name, value in values.items() if value is not None}
+def as_floats(
+    op: str, needed: dict[str, ArrayLike], /, **optional: ArrayLike | None
+) -> tuple[list[FloatArray], list[FloatArray | None]]:
+    """Arrays of floats in their common type: f64 if one of them is f64, f32 otherwise. Optional ones may be None."""
+    given = needed | {name: value for name, value in optional.items() if value is not None}
+    arrays = {name: as_array(op, name, value) for name, value in given.items()}
     dtype = np.result_type(*[_float_type(op, name, array) for name, array in arrays.items()])
     ready = {name: np.require(array, dtype, ["C", "A"]) for name, array in arrays.items()}
-    return tuple(ready.get(name) for name in values)
+    return [ready[name] for name in needed], [ready.get(name) for name in optional]
 
 
 def as_bool(op: str, name: str, value: ArrayLike) -> BoolArray:
@@ -242,6 +245,62 @@ def as_rows(
     return array[batch.keep], batch
 
 
-def shapes(values: Sequence[Any]) -> str:
-    """Shapes for a message."""
-    return ", ".join(str(np.shape(value)) for value in values)
+def as_number(op: str, name: str, value: Any) -> float:
+    """A real number that is no array."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise DTypeError(f"{op}: argument `{name}`: expected a number, got {type(value).__name__}")
+    return float(value)
+
+
+def as_positive(op: str, name: str, value: Any) -> float:
+    """A number above 0."""
+    number = as_number(op, name, value)
+    if not 0 < number < float("inf"):
+        raise ConfigError(f"{op}: argument `{name}`: expected a number above 0, got {number}")
+    return number
+
+
+def as_probability(op: str, name: str, value: Any) -> float:
+    """A number from 0, below 1."""
+    number = as_number(op, name, value)
+    if not 0 <= number < 1:
+        raise ConfigError(f"{op}: argument `{name}`: expected a probability, at least 0 and below 1, got {number}")
+    return number
+
+
+def as_size(op: str, name: str, value: Any, least: int = 1, most: int = 2**31 - 1) -> int:
+    """A whole number."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise DTypeError(f"{op}: argument `{name}`: expected a whole number, got {type(value).__name__}")
+    if not least <= value <= most:
+        raise ConfigError(f"{op}: argument `{name}`: expected {least} to {most}, got {value}")
+    return int(value)
+
+
+def as_seed(op: str, value: int | None) -> int:
+    """A seed of 64 bits; fresh entropy for None."""
+    if value is None:
+        return int.from_bytes(os.urandom(8), "little")
+    return as_size(op, "seed", value, 0, 2**64 - 1)
+
+
+def as_mask(
+    op: str, keep: ArrayLike | None, block: ArrayLike | None, sizes: tuple[int, int, int, int]
+) -> BoolArray | None:
+    """`keep` and not `block` with four axes (B, H, L, M), each as long as in `sizes` or 1."""
+    mask = None if keep is None else four_axes(op, "keep", as_bool(op, "keep", keep), sizes)
+    if block is not None:
+        allowed = ~four_axes(op, "block", as_bool(op, "block", block), sizes)
+        mask = allowed if mask is None else mask & allowed
+    return mask if mask is None else np.ascontiguousarray(mask)
+
+
+def four_axes(op: str, name: str, array: NDArray[Any], sizes: tuple[int, int, int, int]) -> NDArray[Any]:
+    """A mask or bias of shape (L, M), (B, L, M) or (B, H, L, M), 1 allowed per axis, with all four axes."""
+    shape = array.shape
+    full = {2: (1, 1, *shape), 3: (*shape[:1], 1, *shape[1:]), 4: shape}.get(len(shape), ())
+    if len(full) != 4 or any(n not in (1, size) for n, size in zip(full, sizes, strict=True)):
+        b, h, l, m = sizes
+        message = f"expected shape ({l}, {m}), ({b}, {l}, {m}) or ({b}, {h}, {l}, {m}), 1 allowed per axis, got {shape}"
+        raise ShapeError(f"{op}: argument `{name}`: {message}")
+    return array.reshape(full)

@@ -1,8 +1,11 @@
 //! NumPy in, NumPy out: the Python border of `transformer_core`.
 
 pub mod arrays;
+pub mod call;
 pub mod door;
 pub mod errors;
+pub mod form;
+pub mod functional;
 pub mod threads;
 
 use pyo3::prelude::*;
@@ -14,6 +17,12 @@ mod _core {
     #[allow(non_upper_case_globals)]
     const __version__: &str = env!("CARGO_PKG_VERSION");
 
+    #[pymodule_export]
+    use crate::call::Pullback;
+    #[pymodule_export]
+    use crate::functional::{
+        activation, attention, batch_norm, cross_entropy, dropout, embedding, gated, layer_norm, linear, rms_norm,
+    };
     #[pymodule_export]
     use crate::threads::{build_info, get_num_threads, set_num_threads};
 }

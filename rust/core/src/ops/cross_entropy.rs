@@ -39,7 +39,7 @@ impl CrossEntropy {
     }
 }
 
-fn check(op: &str, rows: usize, targets: &[u32], vocabulary: usize, smoothing: f64) -> Result<()> {
+pub(super) fn check(op: &str, rows: usize, targets: &[u32], vocabulary: usize, smoothing: f64) -> Result<()> {
     ensure!(
         targets.len() == rows,
         Shape,

@@ -14,6 +14,7 @@ pub mod positions;
 pub mod residual;
 pub mod rms_norm;
 pub mod softmax;
+pub mod token_losses;
 
 pub use activation::{Activation, Gate, activation, gated};
 pub use attention::{Bias, Columns, DenseMask, Heads, KeysValues, Masks, attention};
@@ -26,6 +27,7 @@ pub use positions::add_rows;
 pub use residual::{add, dropout, residual};
 pub use rms_norm::rms_norm;
 pub use softmax::softmax;
+pub use token_losses::token_losses;
 
 use crate::ensure;
 use crate::error::Result;

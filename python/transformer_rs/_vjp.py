@@ -1,0 +1,152 @@
+"""Vector–Jacobian products: a call, and the way back from the gradient of its result to those of its arguments."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, ParamSpec, Protocol
+
+from . import _core
+from ._arrays import ArrayLike, FloatArray, as_float
+from .errors import ConfigError, DTypeError, PullbackError, UnsupportedError
+
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A call that was made, with its way back where one was asked for."""
+
+    y: Any
+    back: _core.Pullback | None
+    dtype: Any
+    """Type of the numbers of y."""
+    enter: Callable[[ArrayLike], ArrayLike] = lambda dy: dy
+    """From the form of y to the array that `back` takes."""
+    leave: Callable[[list[Any]], list[Any]] = lambda gradients: gradients
+    """From what `back` gives to the forms of the arguments."""
+
+
+class Forward(Protocol):
+    """A call with its arguments in place; `gradients` is the number of leading ones that get a gradient."""
+
+    def __call__(self, gradients: int) -> Recorded: ...
+
+
+_FORWARD: dict[Callable[..., Any], Callable[..., Forward]] = {}
+
+
+def register(function: Callable[..., Any], forward: Callable[..., Forward]) -> None:
+    """Let `vjp` know how `function` is computed."""
+    _FORWARD[function] = forward
+
+
+def differentiable(forward: Callable[P, Forward]) -> Callable[P, FloatArray]:
+    """Make the public function of a forward pass, known to `vjp`."""
+
+    @wraps(forward)
+    def function(*args: P.args, **kwargs: P.kwargs) -> FloatArray:
+        y: FloatArray = forward(*args, **kwargs)(0).y
+        return y
+
+    signature = inspect.signature(forward).replace(return_annotation=FloatArray)
+    function.__signature__ = signature  # type: ignore[attr-defined]
+    register(function, forward)
+    return function
+
+
+def of_arrays(call: Callable[[int], tuple[FloatArray, _core.Pullback | None]]) -> Forward:
+    """A forward pass whose arguments and result are plain arrays."""
+
+    def forward(gradients: int) -> Recorded:
+        y, back = call(gradients)
+        return Recorded(y, back, y.dtype)
+
+    return forward
+
+
+class Pullback:
+    """The way back of one call of :func:`vjp`, for one use."""
+
+    def __init__(self, recorded: Recorded, count: int) -> None:
+        self._recorded = recorded
+        self._count = count
+        self._gradients: dict[str, FloatArray] | None = None
+
+    def __call__(self, dy: ArrayLike) -> Any:
+        """Give the gradient of each positional argument, from the gradient of the result.
+
+        Args:
+            dy: An array of the shape of the result; for a list of arrays a list.
+
+        Returns:
+            A tuple with an array per positional argument, None for ids and absent arguments; for one argument the
+            array alone.
+
+        Raises:
+            ShapeError: ``dy`` has another shape than the result. The pullback may still be used.
+            PullbackError: It was used already, or the layer's weights have changed since the call.
+        """
+        recorded = self._recorded
+        array = as_float("pullback", "dy", recorded.enter(dy), recorded.dtype)
+        if recorded.back is None:
+            raise PullbackError("pullback: it was not recorded")
+        gradients, self._gradients = recorded.back(array)
+        gradients += [None] * (self._count - len(gradients))
+        gradients = recorded.leave(gradients)[: self._count]
+        return gradients[0] if self._count == 1 else tuple(gradients)
+
+    @property
+    def gradients(self) -> dict[str, FloatArray]:
+        """Gradients of a layer's weights by name, of this call alone; empty for a function."""
+        if self._gradients is None:
+            raise PullbackError("pullback.gradients: there are none yet; call pullback(dy) first")
+        return self._gradients
+
+
+def vjp(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Any, Pullback]:
+    """Call ``f`` and remember the way back (a vector–Jacobian product, reverse mode).
+
+    Args:
+        f: A function of ``tr.functional`` or a layer of ``tr.nn``.
+        *args: Its positional arguments: each gets a gradient.
+        **kwargs: Its keyword arguments: constants.
+
+    Returns:
+        ``(y, pullback)``. ``pullback(dy)`` takes an array of the shape of ``y`` and returns one gradient per positional
+        argument (None for ids), the bare array for a single one. It is used once, before the layer's weights change.
+        After the call ``pullback.gradients`` holds the gradients of a layer's weights by name.
+
+    Raises:
+        UnsupportedError: ``f`` is another callable. Chain pullbacks instead.
+
+    Two calls in a chain:
+
+    >>> import numpy as np
+    >>> import transformer_rs as tr
+    >>> x, w = np.array([[1.0, -2.0]]), np.array([[0.5, 0.5], [1.0, 0.0]])
+    >>> h, pull_linear = tr.vjp(tr.functional.linear, x, w)
+    >>> y, pull_relu = tr.vjp(tr.functional.relu, h)
+    >>> y
+    array([[0., 1.]])
+    >>> dh = pull_relu(np.ones_like(y))
+    >>> dx, dw = pull_linear(dh)
+    >>> dx
+    array([[1., 0.]])
+    """
+    if not callable(f):
+        raise DTypeError(f"vjp: argument `f`: expected a function or a layer, got {type(f).__name__}")
+    forward = getattr(f, "_forward", None) or _FORWARD.get(f)
+    if forward is None:
+        name = getattr(f, "__name__", type(f).__name__)
+        raise UnsupportedError(
+            f"vjp: argument `f`: {name} is no function of tr.functional and no layer of tr.nn. Chain the pullbacks of "
+            "those it calls:\n"
+            "    h, pull_linear = tr.vjp(tr.functional.linear, x, w)\n"
+            "    y, pull_relu = tr.vjp(tr.functional.relu, h)\n"
+            "    dx, dw = pull_linear(pull_relu(dy))"
+        )
+    if not args:
+        raise ConfigError("vjp: expected at least one positional argument; keyword arguments are constants")
+    recorded = forward(*args, **kwargs)(len(args))
+    return recorded.y, Pullback(recorded, len(args))

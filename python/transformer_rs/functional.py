@@ -1,0 +1,620 @@
+"""Functions of arrays: NumPy in, NumPy out, each with its gradient through :func:`transformer_rs.vjp`.
+
+They compute in the type of their inputs: f64 if one of them is f64, f32 otherwise (f16 counts as f32). Integers, booleans
+and complex numbers are refused where floats are meant. Inputs may be read-only, strided, big-endian, or of any library
+that speaks DLPack; they are never written to.
+"""
+
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from . import _core
+from ._arrays import (
+    ArrayLike,
+    FloatArray,
+    as_array,
+    as_floats,
+    as_ints,
+    as_lengths,
+    as_mask,
+    as_number,
+    as_positive,
+    as_probability,
+    as_seed,
+    check_range,
+    four_axes,
+)
+from ._vjp import Forward, Recorded, differentiable, of_arrays, register
+from .errors import ConfigError, DTypeError, ShapeError
+
+__all__ = [
+    "attention",
+    "batch_norm",
+    "cross_entropy",
+    "dropout",
+    "embedding",
+    "gelu",
+    "glu",
+    "layer_norm",
+    "linear",
+    "relu",
+    "rms_norm",
+    "silu",
+    "softmax",
+    "swiglu",
+]
+
+
+@differentiable
+def layer_norm(
+    x: ArrayLike, weight: ArrayLike | None = None, bias: ArrayLike | None = None, *, eps: float = 1e-5
+) -> Forward:
+    """Normalise each row to mean 0 and variance 1: (x − mean) / √(var + eps) · weight + bias.
+
+    Ba, Kiros and Hinton 2016, "Layer Normalization".
+
+    Args:
+        x: (..., D)
+        weight: (D,), or None for 1.
+        bias: (D,), or None for 0.
+        eps: Added to the variance, above 0.
+
+    Returns:
+        (..., D)
+
+    Raises:
+        ShapeError: ``weight`` or ``bias`` does not fit the last axis of ``x``.
+        DTypeError: An argument holds no floats.
+
+    >>> import numpy as np
+    >>> import transformer_rs as tr
+    >>> tr.functional.layer_norm(np.array([[1.0, 3.0], [5.0, 1.0]])).round(3)
+    array([[-1.,  1.],
+           [ 1., -1.]])
+    """
+    eps = as_positive("layer_norm", "eps", eps)
+    (x,), (weight, bias) = as_floats("layer_norm", {"x": x}, weight=weight, bias=bias)
+    return of_arrays(lambda gradients: _core.layer_norm(gradients, x, weight, bias, eps))
+
+
+@differentiable
+def rms_norm(x: ArrayLike, weight: ArrayLike | None = None, *, eps: float = 1e-5) -> Forward:
+    """Scale each row to mean square 1: x / √(mean(x²) + eps) · weight.
+
+    Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
+
+    Args:
+        x: (..., D)
+        weight: (D,), or None for 1.
+        eps: Added to the mean square, above 0.
+
+    Returns:
+        (..., D)
+
+    Raises:
+        ShapeError: ``weight`` does not fit the last axis of ``x``.
+        DTypeError: An argument holds no floats.
+
+    >>> import numpy as np
+    >>> import transformer_rs as tr
+    >>> tr.functional.rms_norm(np.array([3.0, -3.0, 3.0])).round(3)
+    array([ 1., -1.,  1.])
+    """
+    eps = as_positive("rms_norm", "eps", eps)
+    (x,), (weight,) = as_floats("rms_norm", {"x": x}, weight=weight)
+    return of_arrays(lambda gradients: _core.rms_norm(gradients, x, weight, eps))
+
+
+@differentiable
+def batch_norm(
+    x: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    mean: ArrayLike | None = None,
+    var: ArrayLike | None = None,
+    eps: float = 1e-5,
+) -> Forward:
+    """Normalise each feature, the last axis, over all rows: (x − mean) / √(var + eps) · weight + bias.
+
+    Ioffe and Szegedy 2015, "Batch Normalization". Nothing is written into the arguments.
+
+    Args:
+        x: (..., D)
+        weight: (D,), or None for 1.
+        bias: (D,), or None for 0.
+        mean: (D,) of an earlier training; with ``var`` these are used (evaluation) instead of the batch's own.
+        var: (D,), with ``mean``.
+        eps: Added to the variance, above 0.
+
+    Returns:
+        (..., D)
+
+    Raises:
+        ShapeError: An argument does not fit the last axis of ``x``.
+        ConfigError: One of ``mean`` and ``var`` is missing.
+        DTypeError: An argument holds no floats.
+
+    >>> import numpy as np
+    >>> import transformer_rs as tr
+    >>> tr.functional.batch_norm(np.array([[1.0, 0.0], [3.0, 8.0]])).round(3)
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    >>> tr.functional.batch_norm(np.array([[1.0]]), mean=np.array([3.0]), var=np.array([4.0])).round(3)
+    array([[-1.]])
+    """
+    eps = as_positive("batch_norm", "eps", eps)
+    if (mean is None) != (var is None):
+        raise ConfigError("batch_norm: arguments `mean` and `var`: expected both or none of them")
+    (x,), (weight, bias, mean, var) = as_floats("batch_norm", {"x": x}, weight=weight, bias=bias, mean=mean, var=var)
+    running = None if mean is None else (mean, var)
+    return of_arrays(lambda gradients: _core.batch_norm(gradients, x, weight, bias, running, eps))
+
+
+@differentiable
+def linear(x: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None) -> Forward:
+    """Map the last axis: x Wᵀ + b.
+
+    Args:
+        x: (..., I)
+        weight: (O, I)
+        bias: (O,), or None for 0.
+
+    Returns:
+        (..., O)
+
+    Raises:
+        ShapeError: The arguments do not fit each other.
+        DTypeError: An argument holds no floats.
+
+    >>> import numpy as np
+    >>> import transformer_rs as tr
+    >>> tr.functional.linear(np.array([1.0, 2.0]), np.array([[1.0, 1.0], [0.0, 3.0]]), np.array([0.5, 0.0]))
+    array([3.5, 6. ])
+    """
+    (x, weight), (bias,) = as_floats("linear", {"x": x, "weight": weight}, bias=bias)
+    return of_arrays(lambda gradients: _core.linear(gradients, x, weight, bias))
+
+
+def _activation(kind: str, op: str, x: ArrayLike) -> Forward:
+    (x,), _ = as_floats(op, {"x": x})
+    return of_arrays(lambda gradients: _core.activation(gradients, kind, x))
+
+
+@differentiable
+def softmax(x: ArrayLike) -> Forward:
+    """Make each row, the last axis, positive with sum 1: exp(x) / Σ exp(x). A row of −∞ alone gives NaN.
+
+    Args:
+        x: (..., D)
+
+    Returns:
+        (..., D)
+
+    Raises:
+        DTypeError: ``x`` holds no floats.
+
+    >>> import numpy as np
+    >>> import transformer_rs as tr
+    >>> tr.functional.softmax(np.log(np.array([1.0, 2.0, 5.0]))).round(3)
+    array([0.125, 0.25 , 0.625])
+    """
+    return _activation("softmax", "softmax", x)
+
+
+@differentiable
+def relu(x: ArrayLike) -> Forward:
+    """max(x, 0), element by element.
+
+    Args:
+        x: Any shape with at least one axis.
+
+    Returns:
+        The shape of ``x``.
+
+    Raises:
+        DTypeError: ``x`` holds no floats.
+
+    >>> import numpy as np
+    >>> import transformer_rs as tr
+    >>> tr.functional.relu(np.array([-1.0, 0.0, 2.0]))
+    array([0., 0., 2.])
+    """
+    return _activation("relu", "relu", x)
+
+
+@differentiable
+def gelu(x: ArrayLike, *, approximate: Literal["none", "tanh"] = "none") -> Forward:
+    """x Φ(x), with Φ the distribution function of the standard normal, element by element.
+
+    Hendrycks and Gimpel 2016, "Gaussian Error Linear Units".
+
+    Args:
+        x: Any shape with at least one axis.
+        approximate: ``"none"`` computes Φ by erf, ``"tanh"`` by the paper's formula with tanh.
+
+    Returns:
+        The shape of ``x``.
+
+    Raises:
+        ConfigError: ``approximate`` is something else.
+        DTypeError: ``x`` holds no floats.
+
+    >>> import numpy as np
+    >>> import transformer_rs as tr
+    >>> tr.functional.gelu(np.array([-1.0, 0.0, 1.0])).round(4)
+    array([-0.1587,  0.    ,  0.8413])
+    >>> tr.functional.gelu(np.array([1.0]), approximate="tanh").round(4)
+    array([0.8412])
+    """
+    if approximate not in ("none", "tanh"):
+        raise ConfigError(f'gelu: argument `approximate`: expected "none" or "tanh", got {approximate!r}')
+    return _activation("gelu_tanh" if approximate == "tanh" else "gelu", "gelu", x)
+
+
+@differentiable
+def silu(x: ArrayLike) -> Forward:
+    """x σ(x), element by element (Elfwing, Uchibe and Doya 2017; also known as swish).
+
+    Args:
+        x: Any shape with at least one axis.
+
+    Returns:
+        The shape of ``x``.
+
+    Raises:
+        DTypeError: ``x`` holds no floats.
+
+    >>> import numpy as np
+    >>> import transformer_rs as tr
+    >>> tr.functional.silu(np.array([-1.0, 0.0, 1.0])).round(4)
+    array([-0.2689,  0.    ,  0.7311])
+    """
+    return _activation("silu", "silu", x)
+
+
+def _gated(kind: str, gate: ArrayLike, up: ArrayLike) -> Forward:
+    (gate, up), _ = as_floats(kind, {"gate": gate, "up": up})
+    return of_arrays(lambda gradients: _core.gated(gradients, kind, gate, up))
+
+
+@differentiable
+def glu(gate: ArrayLike, up: ArrayLike) -> Forward:
+    """σ(gate) · up, element by element (Dauphin et al. 2017, "Language Modeling with Gated Convolutional Networks").
+
+    Args:
+        gate: Any shape with at least one axis.
+        up: The shape of ``gate``.
+
+    Returns:
+        The shape of ``gate``.
+
+    Raises:
+        ShapeError: The shapes differ.
+        DTypeError: An argument holds no floats.
+
+    >>> import numpy as np
+    >>> import transformer_rs as tr
+    >>> tr.functional.glu(np.array([0.0, 50.0]), np.array([2.0, 3.0]))
+    array([1., 3.])
+    """
+    return _gated("glu", gate, up)
+
+
+@differentiable
+def swiglu(gate: ArrayLike, up: ArrayLike) -> Forward:
+    """silu(gate) · up, element by element (Shazeer 2020, "GLU Variants Improve Transformer").
+
+    Args:
+        gate: Any shape with at least one axis.
+        up: The shape of ``gate``.
+
+    Returns:
+        The shape of ``gate``.
+
+    Raises:
+        ShapeError: The shapes differ.
+        DTypeError: An argument holds no floats.
+
+    >>> import numpy as np
+    >>> import transformer_rs as tr
+    >>> tr.functional.swiglu(np.array([0.0, 1.0]), np.array([2.0, 2.0])).round(4)
+    array([0.    , 1.4621])
+    """
+    return _gated("swiglu", gate, up)
+
+
+@differentiable
+def dropout(x: ArrayLike, *, p: float = 0.1, seed: int | None = None) -> Forward:
+    """Zero each element with probability p and scale the others by 1 / (1 − p).
+
+    Srivastava et al. 2014, "Dropout: A Simple Way to Prevent Neural Networks from Overfitting".
+
+    Args:
+        x: Any shape with at least one axis.
+        p: Probability, from 0 and below 1.
+        seed: The same seed drops the same elements; None draws fresh entropy.
+
+    Returns:
+        The shape of ``x``.
+
+    Raises:
+        ConfigError: ``p`` is no probability below 1, or ``seed`` has more than 64 bits.
+        DTypeError: ``x`` holds no floats.
+
+    >>> import numpy as np
+    >>> import transformer_rs as tr
+    >>> y = tr.functional.dropout(np.ones(1000), p=0.5, seed=0)
+    >>> sorted(set(y.tolist())), bool(400 < np.count_nonzero(y) < 600)
+    ([0.0, 2.0], True)
+    """
+    (x,), _ = as_floats("dropout", {"x": x})
+    p, key = as_probability("dropout", "p", p), as_seed("dropout", seed)
+    return of_arrays(lambda gradients: _core.dropout(gradients, x, p, key))
+
+
+@differentiable
+def embedding(ids: ArrayLike, weight: ArrayLike, *, scale: float = 1.0) -> Forward:
+    """Look up a row of a table for each id: weight[ids] · scale.
+
+    Args:
+        ids: Integers from 0, below V, of any shape.
+        weight: (V, D)
+        scale: What each row is multiplied with: √D in Vaswani et al. 2017, section 3.4.
+
+    Returns:
+        (\\*ids.shape, D)
+
+    Raises:
+        TokenOutOfRangeError: An id is negative or not below V.
+        ShapeError: ``weight`` is no matrix.
+        DTypeError: ``ids`` holds no integers or ``weight`` no floats.
+
+    >>> import numpy as np
+    >>> import transformer_rs as tr
+    >>> table = np.array([[0.0, 0.0], [1.0, 2.0], [3.0, 4.0]])
+    >>> tr.functional.embedding([2, 1], table, scale=10.0)
+    array([[30., 40.],
+           [10., 20.]])
+    """
+    index, scale = as_ints("embedding", "ids", ids), as_number("embedding", "scale", scale)
+    (table,), _ = as_floats("embedding", {"weight": weight})
+    if table.ndim == 2:
+        check_range("embedding", "ids", index, len(table))
+    return of_arrays(lambda gradients: _core.embedding(gradients, index, table, scale))
+
+
+@differentiable
+def cross_entropy(
+    logits: ArrayLike,
+    targets: ArrayLike,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> Forward:
+    """Loss of logits against targets, in nats: (1 − ε) · (−log p[target]) + ε / V · Σ (−log p), with p = softmax(logits).
+
+    Smoothing is uniform over the V classes (Szegedy et al. 2016, "Rethinking the Inception Architecture").
+
+    Args:
+        logits: (..., V)
+        targets: (...,) integers from 0, below V.
+        label_smoothing: ε, from 0 to 1.
+        ignore_index: Targets of this value count for nothing.
+        reduction: ``"mean"`` over the targets that count, ``"sum"``, or ``"none"`` for each by itself.
+
+    Returns:
+        () or, for ``"none"``, (...,) with zeros where a target is ignored.
+
+    Raises:
+        ShapeError: ``targets`` has not the leading shape of ``logits``, or none counts for a mean.
+        TokenOutOfRangeError: A target is negative or not below V.
+        ConfigError: ``label_smoothing`` or ``reduction`` is outside its domain.
+        DTypeError: ``logits`` holds no floats or ``targets`` no integers.
+
+    >>> import numpy as np
+    >>> import transformer_rs as tr
+    >>> logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
+    >>> loss, pullback = tr.vjp(tr.functional.cross_entropy, logits, [1, 2])
+    >>> loss.round(4)  # (log 4 − log 0.8) / 2
+    np.float64(0.8047)
+    >>> dlogits, nothing = pullback(1.0)
+    >>> dlogits.round(3)
+    array([[ 0.25 , -0.375,  0.125],
+           [ 0.05 ,  0.05 , -0.1  ]])
+    """
+    op = "cross_entropy"
+    (logits,), _ = as_floats(op, {"logits": logits})
+    index = as_ints(op, "targets", targets)
+    smoothing = as_number(op, "label_smoothing", label_smoothing)
+    if not 0 <= smoothing <= 1:
+        raise ConfigError(f"{op}: argument `label_smoothing`: expected a share from 0 to 1, got {smoothing}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ConfigError(f'{op}: argument `reduction`: expected "mean", "sum" or "none", got {reduction!r}')
+    if logits.ndim == 0 or index.shape != logits.shape[:-1]:
+        message = f"expected the leading shape of logits, {logits.shape[:-1]}, got {index.shape}"
+        raise ShapeError(f"{op}: argument `targets`: {message}")
+    if ignore_index is not None:
+        ignored = index == ignore_index
+        check_range(op, "targets", np.where(ignored, 0, index), logits.shape[-1])
+        index = np.where(ignored, -1, index)
+    else:
+        check_range(op, "targets", index, logits.shape[-1])
+    return of_arrays(lambda gradients: _core.cross_entropy(gradients, logits, index, smoothing, reduction))
+
+
+def _attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    lengths: ArrayLike | None = None,
+    query_lengths: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    causal: bool = False,
+    query_start: ArrayLike | None = None,
+    keep: ArrayLike | None = None,
+    block: ArrayLike | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    return_weights: bool = False,
+) -> Forward:
+    op = "attention"
+    if bias is not None and as_array(op, "bias", bias).dtype == np.bool_:
+        message = "a boolean mask has to be named: keep=mask where True means `may attend`, block=mask where True means"
+        raise DTypeError(
+            f"{op}: argument `bias`: {message} `may not` (as PyTorch's key_padding_mask and, inverted, SDPA)"
+        )
+    (q, k, v), (bias,) = as_floats(op, {"q": q, "k": k, "v": v}, bias=bias)
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if array.ndim != 4 or 0 in array.shape[:2] or array.shape[3] == 0:
+            message = f"expected four axes (B, H, {'L' if name == 'q' else 'M'}, K), got shape {array.shape}"
+            raise ShapeError(f"{op}: argument `{name}`: {message}")
+    (b, h, l, size), m = q.shape, k.shape[2]
+    if (k.shape[0], k.shape[3]) != (b, size) or h % k.shape[1] or v.shape != k.shape:
+        message = "expected q (B, H, L, K) and k, v (B, H', M, K) with H' a divisor of H"
+        raise ShapeError(f"{op}: arguments `q`, `k`, `v`: {message}, got {q.shape}, {k.shape}, {v.shape}")
+    if lengths is not None:
+        if l != m or query_lengths is not None or key_lengths is not None:
+            message = f"it needs as many queries as keys, got {l} and {m}, and neither query_lengths= nor key_lengths="
+            raise ShapeError(f"{op}: argument `lengths`: {message}")
+        query_lengths = key_lengths = lengths
+    real = [
+        np.full(b, longest) if given is None else as_lengths(op, name, given, b, longest, empty=True)
+        for name, given, longest in (("query_lengths", query_lengths, l), ("key_lengths", key_lengths, m))
+    ]
+    if query_start is not None:
+        if not causal:
+            raise ConfigError(f"{op}: argument `query_start`: it has a meaning with causal=True alone")
+        start = (
+            np.broadcast_to(as_ints(op, "query_start", query_start), b) if np.ndim(query_start) == 0 else query_start
+        )
+        start = as_lengths(op, "query_start", start, b, 2**31 - 1, empty=True)
+    elif causal and l != m:
+        message = f"as many queries as keys are needed, got {l} and {m}; say where the first query stands: query_start="
+        raise ShapeError(f"{op}: argument `causal`: {message}")
+    else:
+        start = np.zeros(b, np.int64)
+    mask = as_mask(op, keep, block, (b, h, l, m))
+    added = None if bias is None else np.ascontiguousarray(four_axes(op, "bias", bias, (b, h, l, m)))
+    rate = as_probability(op, "dropout", dropout)
+    options = {
+        "query_lengths": real[0].tolist(),
+        "key_lengths": real[1].tolist(),
+        "causal": bool(causal),
+        "query_start": start.tolist(),
+        "keep": mask,
+        "scale": None if scale is None else as_number(op, "scale", scale),
+        "dropout": rate,
+        "seed": as_seed(op, seed) if rate else None,
+        "return_weights": bool(return_weights),
+    }
+
+    def leave(gradients: list[Any]) -> list[Any]:
+        if bias is not None and gradients[3] is not None:
+            gradients[3] = gradients[3].reshape(bias.shape)
+        return gradients
+
+    def forward(gradients: int) -> Recorded:
+        (y, back), weights = _core.attention(gradients, q, k, v, added, options)
+        return Recorded((y, weights) if return_weights else y, back, y.dtype, leave=leave)
+
+    return forward
+
+
+@overload
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    lengths: ArrayLike | None = None,
+    query_lengths: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    causal: bool = False,
+    query_start: ArrayLike | None = None,
+    keep: ArrayLike | None = None,
+    block: ArrayLike | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    return_weights: Literal[False] = False,
+) -> FloatArray: ...
+@overload
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    lengths: ArrayLike | None = None,
+    query_lengths: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    causal: bool = False,
+    query_start: ArrayLike | None = None,
+    keep: ArrayLike | None = None,
+    block: ArrayLike | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    return_weights: Literal[True],
+) -> tuple[FloatArray, FloatArray]: ...
+def attention(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, bias: ArrayLike | None = None, **options: Any
+) -> FloatArray | tuple[FloatArray, FloatArray]:
+    """Scaled dot-product attention: softmax(scale · q kᵀ + bias) v, per sequence and head.
+
+    Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1. No (L, M) matrix is kept, for the gradient neither.
+    A query with no key left gives zeros and has zero gradient. Keys that are not kept are not read, NaN or not.
+
+    Args:
+        q: (B, H, L, K)
+        k: (B, H', M, K), where H' divides H: query heads share key heads in turn.
+        v: (B, H', M, K)
+        bias: (L, M), (B, L, M) or (B, H, L, M), 1 allowed per axis; added to the scaled scores. Given by position it
+            gets a gradient, by keyword it is a constant.
+        lengths: (B,) real queries and keys of each sequence, where L = M; rows behind are padding and give zeros.
+        query_lengths: (B,) real queries alone.
+        key_lengths: (B,) real keys alone.
+        causal: A query sees the keys up to its own position. Needs L = M, or ``query_start``.
+        query_start: Position of the first query among the keys, one number or (B,).
+        keep: Booleans shaped like ``bias``, True: may attend.
+        block: Booleans shaped like ``bias``, True: may not attend. All masks combine.
+        scale: What scores are multiplied with; None is 1/√K.
+        dropout: Probability to drop a weight; survivors are scaled by 1 / (1 − dropout).
+        seed: Of the dropout; None draws fresh entropy.
+        return_weights: Also return the weights, before dropout; no bit of the result changes.
+
+    Returns:
+        (B, H, L, K), with ``return_weights`` also (B, H, L, M).
+
+    Raises:
+        ShapeError: The arguments do not fit each other.
+        DTypeError: q, k, v or bias hold no floats, or a mask no booleans. A boolean mask by position is refused, because
+            half of the world means `keep` by it and half `block`.
+        ConfigError: A setting is outside its domain.
+
+    >>> import numpy as np
+    >>> import transformer_rs as tr
+    >>> q = k = np.zeros((1, 1, 3, 2))
+    >>> v = np.arange(6.0).reshape(1, 1, 3, 2)
+    >>> y, weights = tr.functional.attention(q, k, v, causal=True, return_weights=True)
+    >>> y[0, 0]
+    array([[0., 1.],
+           [1., 2.],
+           [2., 3.]])
+    >>> weights[0, 0].round(2)
+    array([[1.  , 0.  , 0.  ],
+           [0.5 , 0.5 , 0.  ],
+           [0.33, 0.33, 0.33]])
+    """
+    y: FloatArray | tuple[FloatArray, FloatArray] = _attention(q, k, v, bias, **options)(0).y
+    return y
+
+
+register(attention, _attention)

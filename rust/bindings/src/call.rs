@@ -1,0 +1,381 @@
+//! A call with a gradient: arrays become leaves of a tape and parameters, an operation or a layer runs, and the tape
+//! waits in a [`Pullback`] for the gradient of the result. One mechanism for every function and every layer.
+
+use crate::arrays::{Floats, Real, to_array};
+use crate::door;
+use crate::errors::{PullbackError, ShapeError, raise};
+use crate::form::Form;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use transformer_core::error::Result;
+use transformer_core::rng::Key;
+use transformer_core::tape::{Builder, Grads, Init, ParamId, Params, Pool, StatId, Tape, Tensor, Var};
+
+/// The numbers of a layer. A call reads them, an optimiser writes them.
+pub struct Weights<T> {
+    /// Parameters and statistics.
+    pub params: Params<T>,
+    /// How much of the version is due to running statistics, which no recorded training pass reads again.
+    committed: u64,
+}
+
+impl<T: Real> Weights<T> {
+    /// Weights that calls, pullbacks and optimisers share.
+    pub fn shared(params: Params<T>) -> Arc<RwLock<Self>> {
+        Arc::new(RwLock::new(Weights { params, committed: 0 }))
+    }
+
+    fn version(&self, training: bool) -> u64 {
+        self.params.version() - if training { self.committed } else { 0 }
+    }
+
+    fn commit(&mut self, statistics: Vec<(StatId, Vec<T>)>) -> Result<()> {
+        let before = self.params.version();
+        statistics.into_iter().try_for_each(|(id, values)| self.params.set_stat(id, &values))?;
+        self.committed += self.params.version() - before;
+        Ok(())
+    }
+}
+
+/// Buffers between the calls of one layer.
+pub type Pools<T> = Arc<Mutex<Vec<Pool<T>>>>;
+
+/// Random numbers and gradients of a call.
+#[derive(Clone, Copy, Default)]
+pub struct Mode {
+    /// How many arguments, counted from the first, get a gradient. Without any nothing is recorded.
+    pub gradients: usize,
+    /// The seed of a training pass; None in evaluation.
+    pub seed: Option<u64>,
+}
+
+impl Mode {
+    fn tape<T: Real>(self, pool: Pool<T>) -> Tape<T> {
+        match self.seed {
+            Some(seed) if self.gradients == 0 => Tape::training(pool, Key::new(seed)).without_recording(),
+            Some(seed) => Tape::training(pool, Key::new(seed)),
+            None if self.gradients == 0 => Tape::evaluation(pool),
+            None => Tape::recording(pool),
+        }
+    }
+}
+
+/// An argument of a call, for its gradient.
+enum Input {
+    /// Not differentiable, or absent.
+    Nothing,
+    Leaf(Var, Form),
+    Weight(ParamId, Vec<usize>),
+}
+
+/// A call that is being prepared. Arguments are declared in their order.
+pub struct Call<'py, T: Real> {
+    py: Python<'py>,
+    mode: Mode,
+    /// What the result is multiplied with.
+    pub scale: T,
+    tape: Tape<T>,
+    builder: Builder,
+    values: Vec<(ParamId, Floats<'py>)>,
+    statistics: Vec<(StatId, Floats<'py>)>,
+    inputs: Vec<Input>,
+}
+
+/// What a call gives Python: the result, and the pullback where it was recorded.
+pub type Answer<'py> = (Bound<'py, PyAny>, Option<Pullback>);
+
+impl<'py, T: Real> Call<'py, T> {
+    /// A call without arguments so far.
+    pub fn new(py: Python<'py>, mode: Mode) -> Self {
+        Self::with_pool(py, mode, Pool::default())
+    }
+
+    /// Likewise, with the buffers of a layer.
+    pub fn of_layer(py: Python<'py>, mode: Mode, pools: &Pools<T>) -> Self {
+        let pool = pools.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        Self::with_pool(py, mode, pool.unwrap_or_default())
+    }
+
+    fn with_pool(py: Python<'py>, mode: Mode, pool: Pool<T>) -> Self {
+        let (builder, tape) = (Builder::new(), mode.tape(pool));
+        let scale = T::ONE;
+        Call { py, mode, scale, tape, builder, values: Vec::new(), statistics: Vec::new(), inputs: Vec::new() }
+    }
+
+    /// The next argument has no gradient.
+    pub fn nothing(&mut self) {
+        self.inputs.push(Input::Nothing);
+    }
+
+    /// The next argument is data; its rows are made by `form`.
+    pub fn leaf(&mut self, x: &Floats<'py>, form: Form) -> PyResult<Var> {
+        let tensor = x.read(|values| form.pack(values).map_err(raise))?;
+        let wanted = self.inputs.len() < self.mode.gradients;
+        let var = if wanted { self.tape.leaf(tensor) } else { self.tape.constant(tensor) };
+        self.inputs.push(if wanted { Input::Leaf(var, form) } else { Input::Nothing });
+        Ok(var)
+    }
+
+    /// The next two arguments stand side by side in one matrix.
+    pub fn leaf_pair(&mut self, left: &Floats<'py>, right: &Floats<'py>) -> PyResult<Var> {
+        let form = Form::rows(left.shape())?;
+        let (rows, cols) = form.size();
+        let tensor = left.read(|left| {
+            right.read(|right| {
+                let mut both = Tensor::from_slice(rows, 2 * cols, &vec![T::ZERO; 2 * left.len()]).map_err(raise)?;
+                let columns = cols.max(1);
+                for ((to, left), right) in
+                    both.chunks_mut(2 * columns).zip(left.chunks(columns)).zip(right.chunks(columns))
+                {
+                    let (gate, up) = to.split_at_mut(cols);
+                    gate.copy_from_slice(left);
+                    up.copy_from_slice(right);
+                }
+                Ok(both)
+            })
+        })?;
+        let wanted = [self.inputs.len() < self.mode.gradients, self.inputs.len() + 1 < self.mode.gradients];
+        let var = if wanted.contains(&true) { self.tape.leaf(tensor) } else { self.tape.constant(tensor) };
+        for (i, wanted) in wanted.into_iter().enumerate() {
+            let form = Form::Columns { shape: left.shape().to_vec(), start: i * cols };
+            self.inputs.push(if wanted { Input::Leaf(var, form) } else { Input::Nothing });
+        }
+        Ok(var)
+    }
+
+    /// The next argument is a weight.
+    pub fn weight(&mut self, name: &str, w: Floats<'py>) -> ParamId {
+        let shape = w.shape().to_vec();
+        let id = self.builder.param(name, &shape, Init::Constant(0.0));
+        self.inputs.push(Input::Weight(id, shape));
+        self.values.push((id, w));
+        id
+    }
+
+    /// The next argument is a weight or absent.
+    pub fn maybe_weight(&mut self, name: &str, w: Option<Floats<'py>>) -> Option<ParamId> {
+        match w {
+            Some(w) => Some(self.weight(name, w)),
+            None => {
+                self.nothing();
+                None
+            }
+        }
+    }
+
+    /// A constant of one value per column.
+    pub fn statistic(&mut self, name: &str, s: Floats<'py>) -> StatId {
+        let id = self.builder.stat(name, s.shape().iter().product(), 0.0);
+        self.statistics.push((id, s));
+        id
+    }
+
+    /// Also asks for the weights of attentions.
+    pub fn collect_attention(&mut self) {
+        self.tape.collect_attention();
+    }
+
+    /// Runs an operation on the arguments. `form` lays the result out.
+    pub fn run(
+        self,
+        form: Form,
+        operation: impl FnOnce(&mut Tape<T>, &Params<T>) -> Result<Var> + Send,
+    ) -> PyResult<Answer<'py>> {
+        Ok(self.run_with(form, |tape, params| Ok((operation(tape, params)?, ())))?.0)
+    }
+
+    /// Likewise; also gives what the operation says beside its result.
+    pub fn run_with<E: Send>(
+        mut self,
+        form: Form,
+        operation: impl FnOnce(&mut Tape<T>, &Params<T>) -> Result<(Var, E)> + Send,
+    ) -> PyResult<(Answer<'py>, E)> {
+        let weights = self.take_weights()?;
+        self.run_on(weights, None, form, operation)
+    }
+
+    /// The weights that were declared.
+    fn take_weights(&mut self) -> PyResult<Arc<RwLock<Weights<T>>>> {
+        let layout = Arc::new(std::mem::take(&mut self.builder).finish());
+        let mut params = Params::init(layout, 0).map_err(raise)?;
+        for (id, values) in self.values.drain(..) {
+            values.read(|values| params.set(id, values).map_err(raise))?;
+        }
+        for (id, values) in self.statistics.drain(..) {
+            values.read(|values| params.set_stat(id, values).map_err(raise))?;
+        }
+        for (i, input) in self.inputs.iter().enumerate() {
+            if let Input::Weight(id, _) = input {
+                params.set_trainable(*id, i < self.mode.gradients);
+            }
+        }
+        Ok(Weights::shared(params))
+    }
+
+    /// Runs on the weights of a layer, whose buffers go back to `home`.
+    pub fn run_on<E: Send>(
+        self,
+        weights: Arc<RwLock<Weights<T>>>,
+        home: Option<Pools<T>>,
+        form: Form,
+        work: impl FnOnce(&mut Tape<T>, &Params<T>) -> Result<(Var, E)> + Send,
+    ) -> PyResult<(Answer<'py>, E)> {
+        let Call { py, mode, scale, mut tape, inputs, .. } = self;
+        let training = mode.seed.is_some();
+        let (values, recorded, extra) = door::run(py, move || {
+            let guard = weights.read().unwrap_or_else(PoisonError::into_inner);
+            let version = guard.version(training);
+            let (output, extra) = work(&mut tape, &guard.params)?;
+            drop(guard);
+            let mut values = form.unpack(tape.value(output)?)?;
+            values.iter_mut().filter(|_| scale != T::ONE).for_each(|y| *y = *y * scale);
+            let recorded = Recorded { tape, weights, version, training, inputs, output, form, scale, home };
+            Ok((values, recorded, extra))
+        })?;
+        let y = to_array(py, values, &recorded.form.shape())?.into_any();
+        let pullback = if mode.gradients > 0 {
+            Some(Pullback { recorded: Mutex::new(Some(Box::new(recorded))) })
+        } else {
+            recorded.free();
+            None
+        };
+        Ok(((y, pullback), extra))
+    }
+}
+
+/// A finished forward pass that can be walked back once.
+struct Recorded<T: Real> {
+    tape: Tape<T>,
+    weights: Arc<RwLock<Weights<T>>>,
+    version: u64,
+    training: bool,
+    inputs: Vec<Input>,
+    output: Var,
+    form: Form,
+    scale: T,
+    home: Option<Pools<T>>,
+}
+
+impl<T: Real> Recorded<T> {
+    fn free(self) {
+        if let Some(home) = self.home {
+            home.lock().unwrap_or_else(PoisonError::into_inner).push(self.tape.into_pool());
+        }
+    }
+}
+
+/// Values of a gradient and its shape.
+type Gradient<T> = (Vec<T>, Vec<usize>);
+
+/// Gradients of the arguments, in their order, and of the weights by name.
+type Gradients<'py> = (Bound<'py, PyList>, Bound<'py, PyDict>);
+
+/// A [`Recorded`] of either precision.
+trait Walk: Send {
+    fn shape(&self) -> Vec<usize>;
+    fn walk<'py>(self: Box<Self>, py: Python<'py>, dy: Floats<'py>) -> PyResult<Gradients<'py>>;
+}
+
+impl<T: Real> Walk for Recorded<T> {
+    fn shape(&self) -> Vec<usize> {
+        self.form.shape()
+    }
+
+    fn walk<'py>(mut self: Box<Self>, py: Python<'py>, dy: Floats<'py>) -> PyResult<Gradients<'py>> {
+        let mut dy: Tensor<T> = dy.read(|dy| self.form.pack(dy).map_err(raise))?;
+        let walked = door::run(py, move || {
+            dy.iter_mut().for_each(|dy| *dy = *dy * self.scale);
+            let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
+            if weights.version(self.training) != self.version {
+                return Ok(None);
+            }
+            let mut grads = Grads::new(&weights.params)?;
+            let mut dvars = self.tape.backward(&weights.params, &mut grads, [(self.output, dy)])?;
+            grads.complete();
+            let ranges: Vec<_> = grads.ranges().collect();
+            let of = |id: ParamId| ranges.iter().find(|(other, ..)| *other == id).map(|(_, here, _)| here.clone());
+            let dw = |id: ParamId| of(id).and_then(|range| grads.arena().get(range)).map(<[T]>::to_vec);
+
+            let mut taken: Vec<(Var, Option<Tensor<T>>)> = Vec::new();
+            let mut arguments: Vec<Option<Gradient<T>>> = Vec::new();
+            for input in &self.inputs {
+                arguments.push(match input {
+                    Input::Nothing => None,
+                    Input::Weight(id, shape) => dw(*id).map(|dw| (dw, shape.clone())),
+                    Input::Leaf(var, form) => {
+                        if taken.iter().all(|(other, _)| other != var) {
+                            taken.push((*var, dvars.take(*var)));
+                        }
+                        match taken.iter().find(|(other, _)| other == var) {
+                            Some((_, Some(dx))) => Some((form.unpack(dx)?, form.shape())),
+                            _ => Some((vec![T::ZERO; form.shape().iter().product()], form.shape())),
+                        }
+                    }
+                });
+            }
+            let layout = weights.params.layout();
+            // The weights of a function are arguments of it.
+            let named: Vec<(String, Gradient<T>)> = layout
+                .ids()
+                .filter(|_| self.home.is_some())
+                .filter_map(|id| {
+                    let entry = layout.entry(id);
+                    dw(id).map(|dw| (entry.name.clone(), (dw, entry.shape.clone())))
+                })
+                .collect();
+            drop(weights);
+            taken.into_iter().filter_map(|(_, dx)| dx).for_each(|dx| self.tape.pool.recycle(dx));
+            let statistics = self.tape.take_statistics();
+            if !statistics.is_empty() {
+                self.weights.write().unwrap_or_else(PoisonError::into_inner).commit(statistics)?;
+            }
+            self.free();
+            Ok(Some((arguments, named)))
+        })?;
+        let Some((arguments, named)) = walked else {
+            let text = "pullback: the weights have changed since this call; call tr.vjp again";
+            return Err(PullbackError::new_err(text));
+        };
+        let list = PyList::empty(py);
+        for gradient in arguments {
+            list.append(gradient.map(|(values, shape)| to_array(py, values, &shape)).transpose()?)?;
+        }
+        let dict = PyDict::new(py);
+        for (name, (values, shape)) in named {
+            dict.set_item(name, to_array(py, values, &shape)?)?;
+        }
+        Ok((list, dict))
+    }
+}
+
+/// The way back of one call. Used once.
+#[pyclass(frozen, module = "transformer_rs._core")]
+pub struct Pullback {
+    recorded: Mutex<Option<Box<dyn Walk>>>,
+}
+
+#[pymethods]
+impl Pullback {
+    /// Gradients of the arguments, in their order, and of a layer's weights by name.
+    fn __call__<'py>(&self, py: Python<'py>, dy: Floats<'py>) -> PyResult<Gradients<'py>> {
+        let recorded = {
+            let mut recorded = self.recorded.lock().unwrap_or_else(PoisonError::into_inner);
+            match recorded.as_ref().map(|recorded| recorded.shape()) {
+                None => {
+                    let text = "pullback: it was used already; each call of tr.vjp gives one for one use";
+                    return Err(PullbackError::new_err(text));
+                }
+                Some(shape) if shape != dy.shape() => {
+                    let text = format!("pullback: argument `dy`: expected the shape of y, {shape:?}, got {:?}", dy.shape());
+                    return Err(ShapeError::new_err(text));
+                }
+                Some(_) => recorded.take(),
+            }
+        };
+        match recorded {
+            Some(recorded) => recorded.walk(py, dy),
+            None => Err(PullbackError::new_err("pullback: it was used already")),
+        }
+    }
+}

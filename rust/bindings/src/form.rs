@@ -1,0 +1,112 @@
+//! How an array of Python lies in the rows of a matrix, and back.
+
+use crate::errors::ShapeError;
+use pyo3::PyResult;
+use transformer_core::error::Result;
+use transformer_core::rows::Rows;
+use transformer_core::simd::Float;
+use transformer_core::tape::Tensor;
+
+/// The layout of an argument or a result.
+#[derive(Clone)]
+pub enum Form {
+    /// Rows as they are, under any leading shape.
+    Plain {
+        /// The array's shape.
+        shape: Vec<usize>,
+        /// Columns of the matrix.
+        cols: usize,
+    },
+    /// An array whose columns stand among others, from `start`.
+    Columns {
+        /// The array's shape.
+        shape: Vec<usize>,
+        /// Its first column in the matrix.
+        start: usize,
+    },
+    /// (B, H, L, K) as rows of heads side by side, padding left out.
+    Heads {
+        /// The array's shape.
+        shape: [usize; 4],
+        /// The real rows of each sequence.
+        rows: Rows,
+    },
+}
+
+impl Form {
+    /// (..., D) as rows of D columns.
+    pub fn rows(shape: &[usize]) -> PyResult<Self> {
+        match shape.last() {
+            Some(&cols) => Ok(Form::Plain { shape: shape.to_vec(), cols }),
+            None => Err(ShapeError::new_err("expected an array with at least one axis, got a single number")),
+        }
+    }
+
+    /// The array's shape.
+    pub fn shape(&self) -> Vec<usize> {
+        match self {
+            Form::Plain { shape, .. } | Form::Columns { shape, .. } => shape.clone(),
+            Form::Heads { shape, .. } => shape.to_vec(),
+        }
+    }
+
+    /// Rows and columns of the array's own part.
+    pub fn size(&self) -> (usize, usize) {
+        match self {
+            Form::Plain { shape, cols } => (shape.iter().product::<usize>().checked_div(*cols).unwrap_or(rows(shape)), *cols),
+            Form::Columns { shape, .. } => (rows(shape), shape.last().copied().unwrap_or(1)),
+            Form::Heads { shape: [_, h, _, k], rows } => (rows.total(), h * k),
+        }
+    }
+
+    /// An array as rows.
+    pub fn pack<T: Float>(&self, values: &[T]) -> Result<Tensor<T>> {
+        let (rows, cols) = self.size();
+        match self {
+            Form::Plain { .. } | Form::Columns { .. } => Tensor::from_slice(rows, cols, values),
+            Form::Heads { shape: [_, h, l, k], rows: sequences } => {
+                let mut packed = Vec::with_capacity(rows * cols);
+                for (b, length) in sequences.lengths().enumerate() {
+                    for t in 0..length {
+                        for head in 0..*h {
+                            let at = ((b * h + head) * l + t) * k;
+                            packed.extend_from_slice(values.get(at..at + k).unwrap_or_default());
+                        }
+                    }
+                }
+                Tensor::from_slice(rows, cols, &packed)
+            }
+        }
+    }
+
+    /// Rows as an array; zeros at padding.
+    pub fn unpack<T: Float>(&self, tensor: &Tensor<T>) -> Result<Vec<T>> {
+        Ok(match self {
+            Form::Plain { .. } => tensor.to_vec(),
+            Form::Columns { start, .. } => {
+                let cols = self.size().1;
+                let part = |row: &[T]| row.get(*start..start + cols).unwrap_or_default().to_vec();
+                (0..tensor.rows()).flat_map(|i| part(tensor.row(i))).collect()
+            }
+            Form::Heads { shape: [b, h, l, k], rows: sequences } => {
+                let mut values = vec![T::ZERO; b * h * l * k];
+                for (b, length) in sequences.lengths().enumerate() {
+                    for t in 0..length {
+                        let row = tensor.row(sequences.range(b).start + t);
+                        for (head, part) in row.chunks_exact((*k).max(1)).enumerate() {
+                            let at = ((b * h + head) * l + t) * k;
+                            if let Some(to) = values.get_mut(at..at + k) {
+                                to.copy_from_slice(part);
+                            }
+                        }
+                    }
+                }
+                values
+            }
+        })
+    }
+}
+
+fn rows(shape: &[usize]) -> usize {
+    shape.split_last().map_or(1, |(_, leading)| leading.iter().product())
+}
