@@ -1,11 +1,15 @@
-"""Threads: how many, and for whom."""
+"""Threads: how many, for whom, and what a long call leaves to others: the interpreter, signals, forks."""
 
 import asyncio
+import itertools
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 
+import numpy as np
 import pytest
 
 import transformer_rs as tr
@@ -72,3 +76,123 @@ try: tr.build_info()
 except tr.ConfigError as e: print(e)
 """
     assert "TRANSFORMER_RS_ISA: expected `portable`" in python(code, TRANSFORMER_RS_ISA="sse9")
+
+
+def long_input(n: int) -> np.ndarray:
+    """What attention takes a second or more for."""
+    return np.ones((1, 8, n, 64), np.float32)
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupted(call, number: int, error: type[BaseException], after: float = 0.2) -> float:
+    """Sends a signal into a call; seconds from the signal to the exception."""
+    sent = []
+
+    def send() -> None:
+        sent.append(time.perf_counter())
+        os.kill(os.getpid(), number)
+
+    timer = threading.Timer(after, send)
+    timer.start()
+    with pytest.raises(error):
+        call()
+    took = time.perf_counter() - sent[0]
+    timer.join()
+    return took
+
+
+def test_ctrl_c_is_honoured_within_half_a_second():
+    x = long_input(12_000)
+    took = min(
+        interrupted(lambda: tr.functional.attention(x, x, x), signal.SIGINT, KeyboardInterrupt) for _ in range(3)
+    )
+    assert took < 0.5
+    assert tr.functional.relu(np.ones(3)).sum() == 3, "the next call works"
+
+
+def test_ctrl_c_in_a_pullback():
+    x = long_input(4_000)
+    y, pullback = tr.vjp(tr.functional.attention, x, x, x)
+    assert interrupted(lambda: pullback(y), signal.SIGINT, KeyboardInterrupt, after=0.05) < 0.5
+    with pytest.raises(tr.PullbackError, match="used already"):
+        pullback(y)
+
+
+def test_what_a_handler_raises_comes_out():
+    def handler(number, frame):
+        raise Stop
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        x = long_input(12_000)
+        interrupted(lambda: tr.functional.attention(x, x, x), signal.SIGUSR1, Stop)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_other_threads_of_python_run_meanwhile():
+    x, ticks, done = long_input(2_500), [], threading.Event()
+
+    def tick() -> None:
+        while not done.wait(0.001):
+            ticks.append(time.perf_counter())
+
+    other = threading.Thread(target=tick)
+    other.start()
+    start = time.perf_counter()
+    tr.functional.attention(x, x, x)
+    end = time.perf_counter()
+    done.set()
+    other.join()
+    inside = [start, *(t for t in ticks if start < t < end), end]
+    assert max(b - a for a, b in itertools.pairwise(inside)) < (end - start) / 2
+
+
+def test_forking_after_use():
+    code = """
+import multiprocessing, sys
+import numpy as np
+import transformer_rs as tr
+
+tr.set_num_threads(2)
+layer, x = tr.nn.Encoder(32, 4, 64, n_layers=2, seed=0), np.ones((8, 64, 32), np.float32)
+
+def work(queue):
+    y, pullback = tr.vjp(layer, x)
+    queue.put((y, pullback(y)))
+
+y, pullback = tr.vjp(layer, x)
+dx = pullback(y)
+context = multiprocessing.get_context("fork")
+queue = context.Queue()
+for _ in range(3):
+    child = context.Process(target=work, args=(queue,))
+    child.start()
+    there = queue.get(timeout=30)
+    child.join(30)
+    assert child.exitcode == 0
+    assert np.array_equal(there[0], y) and np.array_equal(there[1], dx)
+assert np.array_equal(layer(x), y)
+print("same")
+"""
+    assert python(code) == "same"
+
+
+def test_threads_start_with_the_first_work():
+    code = """
+import os
+import numpy as np
+import transformer_rs as tr
+count = lambda: len(os.listdir("/proc/self/task"))
+tr.set_num_threads(3)
+before = count()
+x = np.ones((4000, 256), np.float32)
+tr.functional.softmax(x)
+print(count() - before)
+"""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("threads are counted in /proc")
+    assert python(code, OPENBLAS_NUM_THREADS="1") == "2"

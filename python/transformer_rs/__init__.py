@@ -7,7 +7,7 @@ True
 
 from typing import Any
 
-from . import _core, errors, functional
+from . import _core, errors, functional, nn
 from ._core import __version__
 from ._vjp import vjp
 from .errors import (
@@ -44,6 +44,7 @@ __all__ = [
     "errors",
     "functional",
     "get_num_threads",
+    "nn",
     "num_threads",
     "set_num_threads",
     "vjp",

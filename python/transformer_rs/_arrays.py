@@ -110,16 +110,20 @@ class Batch:
     """The padded length T of an array; None for a list."""
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T), where T is the longest of a list."""
+        return len(self.lengths), int(self.lengths.max(initial=0)) if self.width is None else self.width
+
+    @property
     def keep(self) -> BoolArray:
         """(B, T): True where a padded array is real."""
-        width = int(self.lengths.max(initial=0)) if self.width is None else self.width
-        return np.arange(width) < self.lengths[:, None]
+        return np.arange(self.shape[1]) < self.lengths[:, None]
 
     def give_back(self, rows: NDArray[Any]) -> Any:
         """Packed rows (R, ...) as a list of (T_i, ...) or as a padded array (B, T, ...) with zeros at padding."""
         if self.width is None:
             return np.split(rows, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
-        padded = np.zeros((len(self.lengths), self.width, *rows.shape[1:]), rows.dtype)
+        padded = np.zeros((*self.shape, *rows.shape[1:]), rows.dtype)
         padded[self.keep] = rows
         return padded
 
@@ -285,12 +289,17 @@ def as_seed(op: str, value: int | None) -> int:
 
 
 def as_mask(
-    op: str, keep: ArrayLike | None, block: ArrayLike | None, sizes: tuple[int, int, int, int]
+    op: str,
+    keep: ArrayLike | None,
+    block: ArrayLike | None,
+    sizes: tuple[int, int, int, int],
+    keep_name: str = "keep",
+    block_name: str = "block",
 ) -> BoolArray | None:
     """`keep` and not `block` with four axes (B, H, L, M), each as long as in `sizes` or 1."""
-    mask = None if keep is None else four_axes(op, "keep", as_bool(op, "keep", keep), sizes)
+    mask = None if keep is None else four_axes(op, keep_name, as_bool(op, keep_name, keep), sizes)
     if block is not None:
-        allowed = ~four_axes(op, "block", as_bool(op, "block", block), sizes)
+        allowed = ~four_axes(op, block_name, as_bool(op, block_name, block), sizes)
         mask = allowed if mask is None else mask & allowed
     return mask if mask is None else np.ascontiguousarray(mask)
 

@@ -3,9 +3,10 @@
 # `gradients` is the number of leading arrays that get a gradient; with 0 nothing is recorded and no pullback comes.
 from typing import Any, Final, TypeAlias, final
 
-from ._arrays import FloatArray, IntArray
+from ._arrays import BoolArray, FloatArray, IntArray
 
 __all__ = [
+    "Layer",
     "Pullback",
     "__version__",
     "activation",
@@ -31,6 +32,45 @@ _Maybe: TypeAlias = FloatArray | None
 @final
 class Pullback:
     def __call__(self, dy: FloatArray) -> tuple[list[Any], dict[str, FloatArray]]: ...
+
+@final
+class Layer:
+    @staticmethod
+    def linear(d_in: int, d_out: int, bias: bool, seed: int) -> Layer: ...
+    @staticmethod
+    def embedding(vocab: int, d_model: int, scale: float, std: float, seed: int) -> Layer: ...
+    @staticmethod
+    def norm(kind: str, d_model: int, eps: float, bias: bool, seed: int) -> Layer: ...
+    @staticmethod
+    def feed_forward(d_model: int, d_ff: int, kind: str, bias: bool, dropout: float, seed: int) -> Layer: ...
+    @staticmethod
+    def attention(
+        d_model: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        bias: bool,
+        dropout: float,
+        seed: int,
+    ) -> Layer: ...
+    @staticmethod
+    def block(options: dict[str, Any], seed: int) -> Layer: ...
+    def parameters(self) -> list[tuple[str, list[int]]]: ...
+    def state_dict(self) -> dict[str, FloatArray]: ...
+    def load_state_dict(self, arrays: dict[str, FloatArray]) -> None: ...
+    def embed(self, gradients: int, seed: int | None, ids: IntArray) -> _Answer: ...
+    def forward(
+        self,
+        gradients: int,
+        seed: int | None,
+        x: FloatArray,
+        lengths: list[int],
+        memory: tuple[FloatArray, list[int]] | None,
+        causal: bool,
+        keep: BoolArray | None,
+        memory_keep: BoolArray | None,
+    ) -> _Answer: ...
 
 def activation(gradients: int, kind: str, x: FloatArray) -> _Answer: ...
 def attention(

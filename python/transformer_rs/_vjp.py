@@ -3,14 +3,15 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any, ParamSpec, Protocol
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from . import _core
 from ._arrays import ArrayLike, FloatArray, as_float
 from .errors import ConfigError, DTypeError, PullbackError, UnsupportedError
 
 P = ParamSpec("P")
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,30 @@ def differentiable(forward: Callable[P, Forward]) -> Callable[P, FloatArray]:
     function.__signature__ = signature  # type: ignore[attr-defined]
     register(function, forward)
     return function
+
+
+def method(forward: Callable[Concatenate[S, P], Forward]) -> Callable[Concatenate[S, P], Any]:
+    """Make the call of a layer of its forward pass, known to `vjp`."""
+
+    @wraps(forward)
+    def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> Any:
+        return forward(self, *args, **kwargs)(0).y
+
+    signature = inspect.signature(forward).replace(return_annotation=Any)
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    register(call, forward)
+    return call
+
+
+def _forward_of(f: Any) -> Callable[..., Forward] | None:
+    """How `f` is computed: a function itself, or a layer by the call of its class."""
+    forward = _FORWARD.get(type(f).__call__)
+    if forward is not None:
+        return partial(forward, f)
+    try:
+        return _FORWARD.get(f)
+    except TypeError:  # not hashable
+        return None
 
 
 def of_arrays(call: Callable[[int], tuple[FloatArray, _core.Pullback | None]]) -> Forward:
@@ -136,7 +161,7 @@ def vjp(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Any, Pullb
     """
     if not callable(f):
         raise DTypeError(f"vjp: argument `f`: expected a function or a layer, got {type(f).__name__}")
-    forward = getattr(f, "_forward", None) or _FORWARD.get(f)
+    forward = _forward_of(f)
     if forward is None:
         name = getattr(f, "__name__", type(f).__name__)
         raise UnsupportedError(

@@ -4,6 +4,7 @@
 use crate::errors::{DTypeError, TokenOutOfRangeError, raise};
 use numpy::{Element, IntoPyArray, PyArray1, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedArrayMethods};
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 use transformer_core::simd::Float;
 use transformer_core::tape::Tensor;
 
@@ -97,4 +98,25 @@ pub fn token_ids(array: &Bound<'_, PyArray1<i64>>) -> PyResult<Vec<u32>> {
 /// Moves values out as an array of this shape, without a copy.
 pub fn to_array<'py, T: Real>(py: Python<'py>, values: Vec<T>, shape: &[usize]) -> PyResult<Bound<'py, PyArrayDyn<T>>> {
     values.into_pyarray(py).reshape(shape.to_vec())
+}
+
+/// A name, a shape and values.
+pub type Owned<T> = (String, Vec<usize>, Vec<T>);
+
+/// Arrays by name, for Python.
+pub fn named_arrays<T: Real>(py: Python<'_>, arrays: Vec<Owned<T>>) -> PyResult<Bound<'_, PyDict>> {
+    let dict = PyDict::new(py);
+    for (name, shape, values) in arrays {
+        dict.set_item(name, to_array(py, values, &shape)?)?;
+    }
+    Ok(dict)
+}
+
+/// Arrays by name, from Python.
+pub fn read_named<T: Real>(arrays: &Bound<'_, PyDict>) -> PyResult<Vec<Owned<T>>> {
+    let read = |(name, array): (Bound<'_, PyAny>, Bound<'_, PyAny>)| {
+        let array: Floats<'_> = array.extract()?;
+        Ok((name.extract::<String>()?, array.shape().to_vec(), array.to_vec::<T>()?))
+    };
+    arrays.iter().map(read).collect()
 }

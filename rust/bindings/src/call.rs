@@ -1,7 +1,7 @@
 //! A call with a gradient: arrays become leaves of a tape and parameters, an operation or a layer runs, and the tape
 //! waits in a [`Pullback`] for the gradient of the result. One mechanism for every function and every layer.
 
-use crate::arrays::{Floats, Real, to_array};
+use crate::arrays::{Floats, Owned, Real, named_arrays, to_array};
 use crate::door;
 use crate::errors::{PullbackError, ShapeError, raise};
 use crate::form::Form;
@@ -37,6 +37,9 @@ impl<T: Real> Weights<T> {
         Ok(())
     }
 }
+
+/// Pools kept between the calls of a layer: as many calls at once find their buffers again.
+const POOLS: usize = 4;
 
 /// Buffers between the calls of one layer.
 pub type Pools<T> = Arc<Mutex<Vec<Pool<T>>>>;
@@ -260,7 +263,11 @@ struct Recorded<T: Real> {
 impl<T: Real> Recorded<T> {
     fn free(self) {
         if let Some(home) = self.home {
-            home.lock().unwrap_or_else(PoisonError::into_inner).push(self.tape.into_pool());
+            let pool = self.tape.into_pool();
+            let mut pools = home.lock().unwrap_or_else(PoisonError::into_inner);
+            if pools.len() < POOLS {
+                pools.push(pool);
+            }
         }
     }
 }
@@ -316,12 +323,12 @@ impl<T: Real> Walk for Recorded<T> {
             }
             let layout = weights.params.layout();
             // The weights of a function are arguments of it.
-            let named: Vec<(String, Gradient<T>)> = layout
+            let named: Vec<Owned<T>> = layout
                 .ids()
                 .filter(|_| self.home.is_some())
                 .filter_map(|id| {
                     let entry = layout.entry(id);
-                    dw(id).map(|dw| (entry.name.clone(), (dw, entry.shape.clone())))
+                    dw(id).map(|dw| (entry.name.clone(), entry.shape.clone(), dw))
                 })
                 .collect();
             drop(weights);
@@ -341,11 +348,7 @@ impl<T: Real> Walk for Recorded<T> {
         for gradient in arguments {
             list.append(gradient.map(|(values, shape)| to_array(py, values, &shape)).transpose()?)?;
         }
-        let dict = PyDict::new(py);
-        for (name, (values, shape)) in named {
-            dict.set_item(name, to_array(py, values, &shape)?)?;
-        }
-        Ok((list, dict))
+        Ok((list, named_arrays(py, named)?))
     }
 }
 

@@ -42,6 +42,15 @@ impl Form {
         }
     }
 
+    /// The form of a result with other columns.
+    pub fn with_last(&self, cols: usize) -> Self {
+        let mut shape = self.shape();
+        if let Some(last) = shape.last_mut() {
+            *last = cols;
+        }
+        Form::Plain { shape, cols }
+    }
+
     /// The array's shape.
     pub fn shape(&self) -> Vec<usize> {
         match self {

@@ -109,21 +109,12 @@ pub fn linear<'py>(
     };
     by_type!(x, T => {
         let (mut call, form) = (Call::<T>::new(py, plain(gradients)), Form::rows(x.shape())?);
-        let result = with_last(&form, outputs);
+        let result = form.with_last(outputs);
         let x = call.leaf(&x, form)?;
         let weight = call.weight("weight", weight);
         let bias = call.maybe_weight("bias", bias);
         call.run(result, |tape, params| ops::linear(tape, params, x, &[weight], bias.as_slice()))
     })
-}
-
-/// The form of a result with other columns.
-fn with_last(form: &Form, cols: usize) -> Form {
-    let mut shape = form.shape();
-    if let Some(last) = shape.last_mut() {
-        *last = cols;
-    }
-    Form::Plain { shape, cols }
 }
 
 /// An activation or the softmax over the last axis, by name.

@@ -6,6 +6,7 @@ pub mod door;
 pub mod errors;
 pub mod form;
 pub mod functional;
+pub mod layer;
 pub mod threads;
 
 use pyo3::prelude::*;
@@ -23,6 +24,8 @@ mod _core {
     use crate::functional::{
         activation, attention, batch_norm, cross_entropy, dropout, embedding, gated, layer_norm, linear, rms_norm,
     };
+    #[pymodule_export]
+    use crate::layer::Layer;
     #[pymodule_export]
     use crate::threads::{build_info, get_num_threads, set_num_threads};
 }

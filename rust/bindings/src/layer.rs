@@ -1,0 +1,296 @@
+//! Layers with weights of their own.
+
+use crate::arrays::{Floats, Owned, named_arrays, read_named, token_ids};
+use crate::call::{Answer, Call, Mode, Pools, Weights};
+use crate::door;
+use crate::errors::{ConfigError, ShapeError, raise};
+use crate::form::Form;
+use crate::functional::dense_mask;
+use numpy::{PyArray1, PyArrayDyn, PyArrayMethods};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use std::sync::{Arc, PoisonError, RwLock};
+use transformer_core::checkpoint::{self, NamedArray};
+use transformer_core::error::Result;
+use transformer_core::nn::{
+    AttentionConfig, Cross, Embedding, FeedForward, FeedForwardActivation, LayerConfig, Linear, MultiHeadAttention, Norm,
+    NormKind, Source, Stack, TransformerLayer,
+};
+use transformer_core::ops::Masks;
+use transformer_core::rows::Rows;
+use transformer_core::tape::{Builder, Params, Tape, Var};
+
+enum Module {
+    /// With the size of its result.
+    Linear(Linear, usize),
+    /// With the size of its vectors.
+    Embedding(Embedding, usize),
+    Norm(Norm),
+    FeedForward(FeedForward),
+    Attention(MultiHeadAttention),
+    Block(TransformerLayer),
+    Stack(Stack),
+}
+
+/// A layer of `transformer_rs.nn`: what it is, its weights, and its buffers.
+#[pyclass(frozen, module = "transformer_rs._core")]
+pub struct Layer {
+    module: Module,
+    /// Calls read them, optimisers write them; locked inside the door.
+    pub weights: Arc<RwLock<Weights<f32>>>,
+    pools: Pools<f32>,
+}
+
+/// The settings of a stack and its layers.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub struct BlockOptions {
+    d_model: usize,
+    n_heads: usize,
+    d_ff: usize,
+    activation: String,
+    norm: String,
+    norm_first: bool,
+    norm_eps: f64,
+    bias: bool,
+    dropout: f64,
+    decoder: bool,
+    /// None: one layer without a stack around it.
+    n_layers: Option<usize>,
+    final_norm: bool,
+}
+
+fn activation(name: &str) -> PyResult<FeedForwardActivation> {
+    use FeedForwardActivation as A;
+    Ok(match name {
+        "relu" => A::Relu,
+        "gelu" => A::Gelu,
+        "gelu_tanh" => A::GeluTanh,
+        "silu" => A::Silu,
+        "glu" => A::Glu,
+        "swiglu" => A::Swiglu,
+        _ => return Err(ConfigError::new_err(format!("unknown activation {name:?}"))),
+    })
+}
+
+fn norm_kind(name: &str) -> PyResult<NormKind> {
+    match name {
+        "layer" => Ok(NormKind::Layer),
+        "rms" => Ok(NormKind::Rms),
+        "batch" => Ok(NormKind::Batch),
+        _ => Err(ConfigError::new_err(format!("unknown norm {name:?}"))),
+    }
+}
+
+impl Layer {
+    /// Declares and draws the weights.
+    fn build(py: Python<'_>, seed: u64, declare: impl FnOnce(&mut Builder) -> Module + Send) -> PyResult<Self> {
+        let (module, params) = door::run(py, || {
+            let mut builder = Builder::new();
+            let module = declare(&mut builder);
+            Ok((module, Params::init(Arc::new(builder.finish()), seed)?))
+        })?;
+        Ok(Layer { module, weights: Weights::shared(params), pools: Pools::default() })
+    }
+
+    /// Reads the weights inside the door.
+    fn read<R: Send>(&self, py: Python<'_>, read: impl FnOnce(&Params<f32>) -> R + Send) -> PyResult<R> {
+        door::run(py, || Ok(read(&self.weights.read().unwrap_or_else(PoisonError::into_inner).params)))
+    }
+}
+
+#[pymethods]
+impl Layer {
+    #[staticmethod]
+    fn linear(py: Python<'_>, d_in: usize, d_out: usize, bias: bool, seed: u64) -> PyResult<Self> {
+        Self::build(py, seed, |b| Module::Linear(Linear::new(b, "", d_in, d_out, bias), d_out))
+    }
+
+    #[staticmethod]
+    fn embedding(py: Python<'_>, vocab: usize, d_model: usize, scale: f64, std: f64, seed: u64) -> PyResult<Self> {
+        Self::build(py, seed, |b| Module::Embedding(Embedding::new(b, "", vocab, d_model, scale, std), d_model))
+    }
+
+    #[staticmethod]
+    fn norm(py: Python<'_>, kind: &str, d_model: usize, eps: f64, bias: bool, seed: u64) -> PyResult<Self> {
+        let kind = norm_kind(kind)?;
+        Self::build(py, seed, |b| Module::Norm(Norm::new(b, "", d_model, kind, eps, bias)))
+    }
+
+    #[staticmethod]
+    fn feed_forward(
+        py: Python<'_>,
+        d_model: usize,
+        d_ff: usize,
+        kind: &str,
+        bias: bool,
+        dropout: f64,
+        seed: u64,
+    ) -> PyResult<Self> {
+        let kind = activation(kind)?;
+        Self::build(py, seed, |b| Module::FeedForward(FeedForward::new(b, d_model, d_ff, kind, bias, dropout)))
+    }
+
+    #[staticmethod]
+    fn attention(
+        py: Python<'_>,
+        d_model: usize,
+        n_heads: usize,
+        n_kv_heads: usize,
+        head_dim: usize,
+        scale: f64,
+        bias: bool,
+        dropout: f64,
+        seed: u64,
+    ) -> PyResult<Self> {
+        let config = AttentionConfig { d_model, n_heads, n_kv_heads, head_dim, scale, bias, dropout };
+        Self::build(py, seed, |b| Module::Attention(MultiHeadAttention::new(b, &config)))
+    }
+
+    #[staticmethod]
+    fn block(py: Python<'_>, options: BlockOptions, seed: u64) -> PyResult<Self> {
+        let o = options;
+        let attention = AttentionConfig::new(o.d_model, o.n_heads).map_err(raise)?;
+        let config = LayerConfig {
+            attention: AttentionConfig { bias: o.bias, dropout: o.dropout, ..attention },
+            d_ff: o.d_ff,
+            activation: activation(&o.activation)?,
+            norm: norm_kind(&o.norm)?,
+            norm_first: o.norm_first,
+            norm_eps: o.norm_eps,
+            bias: o.bias,
+            dropout: o.dropout,
+        };
+        Self::build(py, seed, |b| match (o.n_layers, o.decoder) {
+            (None, false) => Module::Block(TransformerLayer::encoder(b, &config)),
+            (None, true) => Module::Block(TransformerLayer::decoder(b, &config)),
+            (Some(n), false) => Module::Stack(Stack::encoder(b, &config, n, o.final_norm)),
+            (Some(n), true) => Module::Stack(Stack::decoder(b, &config, n, o.final_norm)),
+        })
+    }
+
+    /// Name and shape of every parameter; statistics are none.
+    fn parameters(&self, py: Python<'_>) -> PyResult<Vec<(String, Vec<usize>)>> {
+        self.read(py, |params| {
+            let layout = params.layout();
+            layout.ids().map(|id| layout.entry(id)).map(|entry| (entry.name.clone(), entry.shape.clone())).collect()
+        })
+    }
+
+    /// Copies of all parameters and statistics.
+    fn state_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let arrays = self.read(py, |params| -> Vec<Owned<f32>> {
+            let copy = |(name, shape, values): NamedArray<'_>| (name.to_owned(), shape.to_vec(), values.to_vec());
+            checkpoint::state_dict(params).into_iter().map(copy).collect()
+        })?;
+        named_arrays(py, arrays)
+    }
+
+    /// Takes all parameters and statistics over, or none of them.
+    fn load_state_dict(&self, py: Python<'_>, arrays: &Bound<'_, PyDict>) -> PyResult<()> {
+        let given = read_named(arrays)?;
+        door::run(py, || {
+            let arrays: Vec<NamedArray<'_>> =
+                given.iter().map(|(name, shape, values)| (name.as_str(), &shape[..], &values[..])).collect();
+            let mut weights = self.weights.write().unwrap_or_else(PoisonError::into_inner);
+            checkpoint::load_state(&mut weights.params, &arrays, &[])
+        })
+    }
+
+    /// Runs an embedding.
+    fn embed<'py>(
+        &self,
+        py: Python<'py>,
+        gradients: usize,
+        seed: Option<u64>,
+        ids: Bound<'py, PyArray1<i64>>,
+    ) -> PyResult<Answer<'py>> {
+        let Module::Embedding(embedding, d_model) = &self.module else {
+            return Err(ConfigError::new_err("this layer takes vectors, not ids"));
+        };
+        let ids = token_ids(&ids)?;
+        let mut call = Call::of_layer(py, Mode { gradients, seed }, &self.pools);
+        call.nothing();
+        let form = Form::Plain { shape: vec![ids.len(), *d_model], cols: *d_model };
+        self.run(call, form, |tape, params| embedding.forward(tape, params, &ids))
+    }
+
+    /// Runs a layer on packed rows (R, D); `lengths` says where sequences lie, and likewise for a memory. `keep` masks
+    /// are for the queries' own sequence (without a memory, or in a decoder) and for the memory.
+    #[allow(clippy::type_complexity)]
+    fn forward<'py>(
+        &self,
+        py: Python<'py>,
+        gradients: usize,
+        seed: Option<u64>,
+        x: Floats<'py>,
+        lengths: Vec<usize>,
+        memory: Option<(Floats<'py>, Vec<usize>)>,
+        causal: bool,
+        keep: Option<Bound<'py, PyArrayDyn<bool>>>,
+        memory_keep: Option<Bound<'py, PyArrayDyn<bool>>>,
+    ) -> PyResult<Answer<'py>> {
+        let keep = keep.as_ref().map(dense_mask).transpose()?;
+        let memory_keep = memory_keep.as_ref().map(dense_mask).transpose()?;
+        let mut call = Call::of_layer(py, Mode { gradients, seed }, &self.pools);
+        let form = Form::rows(x.shape())?;
+        let rows = rows_of("x", &form, lengths)?;
+        let x = call.leaf(&x, form.clone())?;
+        let memory = match memory {
+            Some((memory, lengths)) => {
+                let form = Form::rows(memory.shape())?;
+                let rows = rows_of("memory", &form, lengths)?;
+                Some((call.leaf(&memory, form)?, rows))
+            }
+            None => None,
+        };
+        let form = match &self.module {
+            Module::Linear(_, d_out) => form.with_last(*d_out),
+            _ => form,
+        };
+        self.run(call, form, |tape, params| {
+            let masks = Masks { causal, keep: keep.as_ref(), ..Masks::default() };
+            let memory_masks = Masks { keep: memory_keep.as_ref(), ..Masks::default() };
+            let memory = memory.as_ref().map(|(memory, rows)| (*memory, rows));
+            let cross = |(memory, rows)| Cross { source: Source::Memory(memory, rows), masks: memory_masks };
+            match &self.module {
+                Module::Linear(linear, _) => linear.forward(tape, params, x),
+                Module::Embedding(..) => transformer_core::bail!(Config, "this layer takes ids, not vectors"),
+                Module::Norm(norm) => norm.forward(tape, params, x),
+                Module::FeedForward(layer) => layer.forward(tape, params, x),
+                Module::Attention(layer) => {
+                    let source = memory.map_or(Source::Itself, |(memory, rows)| Source::Memory(memory, rows));
+                    layer.forward(tape, params, x, &rows, source, &masks)
+                }
+                Module::Block(layer) => {
+                    layer.forward(tape, params, x, &rows, Source::Itself, &masks, memory.map(cross))
+                }
+                Module::Stack(stack) => {
+                    let memory = memory.map(|(memory, rows)| (memory, rows, &memory_masks));
+                    stack.forward(tape, params, x, &rows, &masks, memory)
+                }
+            }
+        })
+    }
+}
+
+impl Layer {
+    fn run<'py>(
+        &self,
+        call: Call<'py, f32>,
+        form: Form,
+        forward: impl FnOnce(&mut Tape<f32>, &Params<f32>) -> Result<Var> + Send,
+    ) -> PyResult<Answer<'py>> {
+        let (weights, home) = (Arc::clone(&self.weights), Some(Arc::clone(&self.pools)));
+        Ok(call.run_on(weights, home, form, |tape, params| Ok((forward(tape, params)?, ())))?.0)
+    }
+}
+
+/// Where sequences lie among the rows of an argument.
+fn rows_of(name: &str, form: &Form, lengths: Vec<usize>) -> PyResult<Rows> {
+    let (rows, sum) = (form.size().0, lengths.iter().try_fold(0usize, |sum, &n| sum.checked_add(n)));
+    if sum != Some(rows) {
+        return Err(ShapeError::new_err(format!("argument `{name}`: {rows} rows in sequences of {sum:?} rows together")));
+    }
+    Ok(Rows::from_lengths(&lengths))
+}
