@@ -232,7 +232,7 @@ impl<'py, T: Real> Call<'py, T> {
             let (output, extra) = work(&mut tape, &guard.params)?;
             drop(guard);
             let mut values = form.unpack(tape.value(output)?)?;
-            values.iter_mut().filter(|_| scale != T::ONE).for_each(|y| *y = *y * scale);
+            values.iter_mut().filter(|_| scale != T::ONE).for_each(|y| *y *= scale);
             let recorded = Recorded { tape, weights, version, training, inputs, output, form, scale, home };
             Ok((values, recorded, extra))
         })?;
@@ -292,7 +292,7 @@ impl<T: Real> Walk for Recorded<T> {
     fn walk<'py>(mut self: Box<Self>, py: Python<'py>, dy: Floats<'py>) -> PyResult<Gradients<'py>> {
         let mut dy: Tensor<T> = dy.read(|dy| self.form.pack(dy).map_err(raise))?;
         let walked = door::run(py, move || {
-            dy.iter_mut().for_each(|dy| *dy = *dy * self.scale);
+            dy.iter_mut().for_each(|dy| *dy *= self.scale);
             let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
             if weights.version(self.training) != self.version {
                 return Ok(None);
@@ -370,7 +370,8 @@ impl Pullback {
                     return Err(PullbackError::new_err(text));
                 }
                 Some(shape) if shape != dy.shape() => {
-                    let text = format!("pullback: argument `dy`: expected the shape of y, {shape:?}, got {:?}", dy.shape());
+                    let text =
+                        format!("pullback: argument `dy`: expected the shape of y, {shape:?}, got {:?}", dy.shape());
                     return Err(ShapeError::new_err(text));
                 }
                 Some(_) => recorded.take(),

@@ -62,7 +62,9 @@ impl Form {
     /// Rows and columns of the array's own part.
     pub fn size(&self) -> (usize, usize) {
         match self {
-            Form::Plain { shape, cols } => (shape.iter().product::<usize>().checked_div(*cols).unwrap_or(rows(shape)), *cols),
+            Form::Plain { shape, cols } => {
+                (shape.iter().product::<usize>().checked_div(*cols).unwrap_or(rows(shape)), *cols)
+            }
             Form::Columns { shape, .. } => (rows(shape), shape.last().copied().unwrap_or(1)),
             Form::Heads { shape: [_, h, _, k], rows } => (rows.total(), h * k),
         }

@@ -8,7 +8,9 @@ use crate::form::Form;
 use numpy::PyArrayDyn;
 use numpy::PyUntypedArrayMethods;
 use pyo3::prelude::*;
-use transformer_core::ops::{self, Activation, Bias, Columns, DenseMask, Gate, Heads, IGNORE, KeysValues, Masks, Running};
+use transformer_core::ops::{
+    self, Activation, Bias, Columns, DenseMask, Gate, Heads, IGNORE, KeysValues, Masks, Running,
+};
 use transformer_core::rows::Rows;
 
 /// Evaluates its body with `T` as the type of `x`.
@@ -78,7 +80,9 @@ pub fn batch_norm<'py>(
     for (name, statistic) in running.iter().flat_map(|(mean, var)| [("mean", mean), ("var", var)]) {
         if statistic.shape() != [form.size().1] {
             let text = format!("expected shape [{}], got {:?}", form.size().1, statistic.shape());
-            return Err(ShapeError::new_err(format!("batch_norm: argument `{name}`: {text}; it must fit the last axis of `x`")));
+            return Err(ShapeError::new_err(format!(
+                "batch_norm: argument `{name}`: {text}; it must fit the last axis of `x`"
+            )));
         }
     }
     by_type!(x, T => {
@@ -302,12 +306,8 @@ fn attend<'py, T: Real>(
     let mut call = Call::<T>::new(py, Mode { gradients, seed: options.seed });
     let form = Form::Heads { shape, rows: rows.clone() };
     let key_form = Form::Heads { shape: keys, rows: key_rows.clone() };
-    let [q, k, v] = [
-        call.leaf(&q, form.clone())?,
-        call.leaf(&k, key_form.clone())?,
-        call.leaf(&v, key_form)?,
-    ]
-    .map(|var| Columns { var, start: 0 });
+    let [q, k, v] = [call.leaf(&q, form.clone())?, call.leaf(&k, key_form.clone())?, call.leaf(&v, key_form)?]
+        .map(|var| Columns { var, start: 0 });
     let bias = match bias {
         Some(bias) => Some(Bias { var: call.leaf(&bias, Form::rows(bias.shape())?)?, shape: four(&bias)? }),
         None => None,

@@ -6,15 +6,15 @@ use crate::door;
 use crate::errors::{ConfigError, ShapeError, raise};
 use crate::form::Form;
 use crate::functional::dense_mask;
-use numpy::{PyArray1, PyArrayDyn, PyArrayMethods};
+use numpy::{PyArray1, PyArrayDyn};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::sync::{Arc, PoisonError, RwLock};
 use transformer_core::checkpoint::{self, NamedArray};
 use transformer_core::error::Result;
 use transformer_core::nn::{
-    AttentionConfig, Cross, Embedding, FeedForward, FeedForwardActivation, LayerConfig, Linear, MultiHeadAttention, Norm,
-    NormKind, Source, Stack, TransformerLayer,
+    AttentionConfig, Cross, Embedding, FeedForward, FeedForwardActivation, LayerConfig, Linear, MultiHeadAttention,
+    Norm, NormKind, Source, Stack, TransformerLayer,
 };
 use transformer_core::ops::Masks;
 use transformer_core::rows::Rows;
@@ -28,7 +28,7 @@ enum Module {
     Norm(Norm),
     FeedForward(FeedForward),
     Attention(MultiHeadAttention),
-    Block(TransformerLayer),
+    Block(Box<TransformerLayer>),
     Stack(Stack),
 }
 
@@ -162,8 +162,8 @@ impl Layer {
             dropout: o.dropout,
         };
         Self::build(py, seed, |b| match (o.n_layers, o.decoder) {
-            (None, false) => Module::Block(TransformerLayer::encoder(b, &config)),
-            (None, true) => Module::Block(TransformerLayer::decoder(b, &config)),
+            (None, false) => Module::Block(Box::new(TransformerLayer::encoder(b, &config))),
+            (None, true) => Module::Block(Box::new(TransformerLayer::decoder(b, &config))),
             (Some(n), false) => Module::Stack(Stack::encoder(b, &config, n, o.final_norm)),
             (Some(n), true) => Module::Stack(Stack::decoder(b, &config, n, o.final_norm)),
         })
@@ -290,7 +290,9 @@ impl Layer {
 fn rows_of(name: &str, form: &Form, lengths: Vec<usize>) -> PyResult<Rows> {
     let (rows, sum) = (form.size().0, lengths.iter().try_fold(0usize, |sum, &n| sum.checked_add(n)));
     if sum != Some(rows) {
-        return Err(ShapeError::new_err(format!("argument `{name}`: {rows} rows in sequences of {sum:?} rows together")));
+        return Err(ShapeError::new_err(format!(
+            "argument `{name}`: {rows} rows in sequences of {sum:?} rows together"
+        )));
     }
     Ok(Rows::from_lengths(&lengths))
 }

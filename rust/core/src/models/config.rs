@@ -137,7 +137,7 @@ impl TransformerConfig {
             ("n_decoder_layers", self.n_decoder_layers),
             ("d_ff", self.d_ff),
         ] {
-            ensure!(n >= 1 && n <= LARGEST, Config, "{name} = {n}: expected 1 to {LARGEST}");
+            ensure!((1..=LARGEST).contains(&n), Config, "{name} = {n}: expected 1 to {LARGEST}");
         }
         ensure!((0.0..1.0).contains(&self.dropout), Config, "dropout = {}: expected 0 <= dropout < 1", self.dropout);
         ensure!(

@@ -46,7 +46,7 @@ impl<T: Float> Operation<T> for TokenLosses {
         let mut losses = vec![RowLoss::default(); logits.rows()];
         cross_entropy_rows(&mut losses, &mut dlogits, &self.targets, v, self.smoothing, Some(T::ONE))?;
         for (row, &dy) in dlogits.chunks_mut(v).zip(dy.iter()) {
-            row.iter_mut().for_each(|d| *d = *d * dy);
+            row.iter_mut().for_each(|d| *d *= dy);
         }
         cx.pool.recycle(dy);
         cx.give(self.logits, dlogits)

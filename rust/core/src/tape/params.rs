@@ -88,12 +88,7 @@ impl Builder {
         let mut start = self.params.last().map_or(0, |e| e.range.end.next_multiple_of(16));
         for (name, shape, init) in members {
             let end = start + shape.iter().product::<usize>();
-            self.params.push(Entry {
-                name: format!("{}{name}", self.prefix),
-                shape: shape.to_vec(),
-                range: start..end,
-                init: *init,
-            });
+            self.params.push(Entry { name: self.full(name), shape: shape.to_vec(), range: start..end, init: *init });
             start = end;
         }
         (first..self.params.len() as u32).map(ParamId).collect()
@@ -103,12 +98,17 @@ impl Builder {
     pub fn stat(&mut self, name: &str, len: usize, start: f64) -> StatId {
         let begin = self.stats.last().map_or(0, |e| e.range.end);
         self.stats.push(Entry {
-            name: format!("{}{name}", self.prefix),
+            name: self.full(name),
             shape: vec![len],
             range: begin..begin + len,
             init: Init::Constant(start),
         });
         StatId(self.stats.len() as u32 - 1)
+    }
+
+    /// The whole name. A layer that stands alone has an empty name: `.weight` is `weight`.
+    fn full(&self, name: &str) -> String {
+        format!("{}{name}", self.prefix).trim_start_matches('.').to_string()
     }
 
     /// A number for one place where dropout acts.
@@ -286,6 +286,9 @@ impl<T: Float> Params<T> {
 }
 
 fn fill<T: Float>(to: &mut [T], shape: &[usize], init: Init, key: Key) {
+    if init == Init::Constant(0.0) {
+        return; // buffers start as zeros
+    }
     let draw: &dyn Fn(u64) -> f64 = match init {
         Init::Constant(c) => &move |_| c,
         Init::Normal { std } => &move |i| std * key.normal(i),
@@ -323,6 +326,15 @@ mod tests {
             || params.layout().entry(id).range.start.is_multiple_of(16)));
         let bound = (6.0f32 / 8.0).sqrt();
         assert!(params.get(find("a.weight")).iter().all(|w| w.abs() <= bound));
+    }
+
+    #[test]
+    fn a_layer_that_stands_alone_needs_no_name() {
+        let mut b = Builder::new();
+        let weight = b.within("", |b| b.param("weight", &[2], Init::Constant(0.0)));
+        let bias = b.param(".bias", &[2], Init::Constant(0.0));
+        let layout = b.finish();
+        assert_eq!([weight, bias].map(|id| layout.entry(id).name.as_str()), ["weight", "bias"]);
     }
 
     #[test]
