@@ -128,7 +128,7 @@ def test_cross_entropy(dtype, tolerance):
         close(F.cross_entropy(logits, targets, **ignoring), each[counted].mean(), tolerance * 10)
         close(F.cross_entropy(logits, targets, reduction="sum", **ignoring), each[counted].sum(), tolerance * 10)
         close(F.cross_entropy(logits, targets, reduction="none", **ignoring), each * counted, tolerance * 10)
-    assert F.cross_entropy(logits, np.full((2, 5), -100), ignore_index=-100, reduction="sum") == 0
+    assert F.cross_entropy(logits, np.full((2, 5), -100), reduction="sum") == 0
 
 
 def attention(q, k, v, *, keep=None, bias=0.0, scale=None):
@@ -245,7 +245,12 @@ K = np.ones((2, 2, 5, 4), np.float32)
         (lambda: F.embedding([0], np.ones(3)), tr.ShapeError, "embedding: argument `weight`"),
         (lambda: F.cross_entropy(np.ones((2, 3)), [0]), tr.ShapeError, "cross_entropy: argument `targets`"),
         (lambda: F.cross_entropy(np.ones((2, 3)), [0, 3]), tr.TokenOutOfRangeError, "id 3 at index 1"),
-        (lambda: F.cross_entropy(np.ones((2, 3)), [0, -100]), tr.TokenOutOfRangeError, "id -100 at index 1"),
+        (
+            lambda: F.cross_entropy(np.ones((2, 3)), [0, -100], ignore_index=None),
+            tr.TokenOutOfRangeError,
+            "id -100 at index 1",
+        ),
+        (lambda: F.cross_entropy(np.ones((2, 3)), [0, -1]), tr.TokenOutOfRangeError, "id -1 at index 1"),
         (lambda: F.cross_entropy(np.ones((2, 3)), [1, 1], ignore_index=1), tr.ShapeError, "no target counts"),
         (lambda: F.cross_entropy(np.ones((2, 3)), [0, 1], reduction="max"), tr.ConfigError, "argument `reduction`"),
         (

@@ -1,0 +1,205 @@
+"""What all layers have in common: weights by name, calls on the rows of a batch."""
+
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from .. import _core
+from .._arrays import (
+    ArrayLike,
+    Batch,
+    FloatArray,
+    as_float,
+    as_mask,
+    as_rows,
+    as_seed,
+    is_list,
+)
+from .._vjp import Forward, Recorded
+from ..errors import ConfigError, DTypeError, ShapeError
+
+Activation: TypeAlias = Literal["relu", "gelu", "gelu_tanh", "silu", "glu", "swiglu"]
+Norm: TypeAlias = Literal["layer", "rms", "batch"]
+
+
+def flag(op: str, name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise DTypeError(f"{op}: argument `{name}`: expected True or False, got {value!r}")
+    return bool(value)
+
+
+def choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        nearest = get_close_matches(str(value), choices, 1, 0)[0]
+        expected = ", ".join(f'"{choice}"' for choice in choices)
+        raise ConfigError(f'{op}: argument `{name}`: expected {expected}, got {value!r}; did you mean "{nearest}"?')
+    return str(value)
+
+
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "glu", "swiglu")
+NORMS = ("layer", "rms", "batch")
+
+
+class Layer:
+    """What all layers have in common. Made by its subclasses alone."""
+
+    seed: int
+    """What the weights were drawn with."""
+
+    def __init__(self, options: dict[str, Any], seed: int | None, make: Callable[[int], _core.Layer]) -> None:
+        self.seed = as_seed(type(self).__name__, seed)
+        self._options = options
+        self._core = make(self.seed)
+        self._shapes: dict[str, tuple[int, ...]] = {n: tuple(s) for n, s in self._core.parameters()}
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters. Running statistics are none."""
+        return tuple(self._shapes)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trainable numbers."""
+        return sum(int(np.prod(shape)) for shape in self._shapes.values())
+
+    def state_dict(self) -> dict[str, FloatArray]:
+        """Copy the parameters, and BatchNorm's running statistics, by name.
+
+        >>> import transformer_rs as tr
+        >>> {name: array.shape for name, array in tr.nn.Linear(3, 2).state_dict().items()}
+        {'weight': (2, 3), 'bias': (2,)}
+        """
+        return self._core.state_dict()
+
+    def load_state_dict(self, arrays: Mapping[str, ArrayLike]) -> None:
+        """Copy parameters in: all of them and nothing else, or nothing is changed.
+
+        Args:
+            arrays: What :meth:`state_dict` gives; any real type.
+
+        Raises:
+            CheckpointError: Lists every name that is missing or unexpected and every shape that does not fit.
+            DTypeError: An array holds no floats.
+
+        >>> import numpy as np
+        >>> import transformer_rs as tr
+        >>> layer = tr.nn.Linear(2, 1)
+        >>> layer.load_state_dict({"weight": np.array([[1.0, 2.0]]), "bias": np.array([0.5])})
+        >>> layer(np.array([3.0, 4.0]))
+        array([11.5], dtype=float32)
+        """
+        op = f"{type(self).__name__}.load_state_dict"
+        if not isinstance(arrays, Mapping):
+            raise DTypeError(f"{op}: argument `arrays`: expected arrays by name, got {type(arrays).__name__}")
+        self._core.load_state_dict({str(n): as_float(op, f"arrays[{n!r}]", a) for n, a in arrays.items()})
+
+    def __repr__(self) -> str:
+        """Show the settings."""
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._options.items())})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Survive pickle and deepcopy."""
+        return _rebuild, (type(self), self._options, self.seed, self.state_dict())
+
+    # ---- what the calls of all layers share ----
+
+    def _size(self) -> int:
+        return int(self._options["d_in"] if "d_in" in self._options else self._options["d_model"])
+
+    def _check_width(self, name: str, array: FloatArray, leading: str) -> None:
+        if array.ndim == 0 or array.shape[-1] != self._size():
+            message = f"expected shape ({leading}, {self._size()}), got {array.shape}"
+            raise ShapeError(f"{type(self).__name__}: argument `{name}`: {message}")
+
+    def _seed_of(self, training: bool, seed: int | None) -> int | None:
+        op = type(self).__name__
+        return as_seed(op, seed) if flag(op, "training", training) else None
+
+    def _rowwise(self, x: ArrayLike, lengths: ArrayLike | None, training: bool, seed: int | None) -> Forward:
+        """A call that needs no sequences: any leading shape, a list, or a padded array."""
+        key = self._seed_of(training, seed)
+        op = type(self).__name__
+        if is_list(x) or lengths is not None:
+            rows, batch = as_rows(op, "x", x, lengths)
+            self._check_width("x", rows, "..." if batch.width is None else "B, T")
+            return self._sequences(rows, batch, key)
+        rows = as_float(op, "x", x)
+        self._check_width("x", rows, "...")
+
+        def forward(gradients: int) -> Recorded:
+            count = rows.size // rows.shape[-1]
+            y, back = self._core.forward(gradients, key, rows, [count], None, False, None, None)
+            return Recorded(y, back, np.float32)
+
+        return forward
+
+    def _sequences(
+        self,
+        rows: FloatArray,
+        batch: Batch,
+        key: int | None,
+        memory: tuple[FloatArray, Batch] | None = None,
+        causal: bool = False,
+        keep: Any = None,
+        memory_keep: Any = None,
+    ) -> Forward:
+        """A call on packed rows; gradients come back in the forms of the arguments."""
+
+        def enter(dy: ArrayLike) -> FloatArray:
+            given, other = as_rows("pullback", "dy", dy, None if is_list(dy) else batch.lengths)
+            if other.width != batch.width or not np.array_equal(other.lengths, batch.lengths):
+                raise ShapeError("pullback: argument `dy`: expected the form and the shapes of y")
+            return given
+
+        def leave(gradients: list[Any]) -> list[Any]:
+            batches = [batch] if memory is None else [batch, memory[1]]
+            pairs = zip(gradients, [*batches, None], strict=False)
+            return [g if g is None or b is None else b.give_back(g) for g, b in pairs] + gradients[len(batches) + 1 :]
+
+        def forward(gradients: int) -> Recorded:
+            other = None if memory is None else (memory[0], memory[1].lengths.tolist())
+            y, back = self._core.forward(gradients, key, rows, batch.lengths.tolist(), other, causal, keep, memory_keep)
+            return Recorded(batch.give_back(y), back, np.float32, enter, leave)
+
+        return forward
+
+    def _attend(
+        self,
+        x: ArrayLike,
+        memory: ArrayLike | None,
+        lengths: ArrayLike | None,
+        memory_lengths: ArrayLike | None,
+        causal: bool,
+        masks: tuple[ArrayLike | None, ArrayLike | None],
+        memory_masks: tuple[ArrayLike | None, ArrayLike | None],
+        training: bool,
+        seed: int | None,
+        memory_is_all: bool = False,
+    ) -> Forward:
+        """A call with attention. With `memory_is_all` the masks of the call are about the memory."""
+        op, key, heads = type(self).__name__, self._seed_of(training, seed), int(self._options["n_heads"])
+        rows, batch = as_rows(op, "x", x, lengths)
+        self._check_width("x", rows, "B, T")
+        other, (b, l), m = None, batch.shape, batch.shape[1]
+        if memory is not None:
+            other = as_rows(op, "memory", memory, memory_lengths, "memory_lengths")
+            self._check_width("memory", other[0], "B, M")
+            if len(other[1].lengths) != b:
+                message = f"expected {b} sequences, as many as x, got {len(other[1].lengths)}"
+                raise ShapeError(f"{op}: argument `memory`: {message}")
+            m = other[1].shape[1]
+        elif memory_lengths is not None:
+            raise ShapeError(f"{op}: argument `memory_lengths`: there is no memory")
+        if flag(op, "causal", causal) and memory_is_all and l != m:
+            raise ShapeError(f"{op}: argument `causal`: as many queries as keys are needed, got {l} and {m}")
+        keep = as_mask(op, *masks, (b, heads, l, m if memory_is_all else l))
+        memory_keep = as_mask(op, *memory_masks, (b, heads, l, m), "memory_keep", "memory_block")
+        return self._sequences(rows, batch, key, other, causal, keep, memory_keep)
+
+
+def _rebuild(cls: Callable[..., Layer], options: dict[str, Any], seed: int, state: dict[str, FloatArray]) -> Layer:
+    layer = cls(**options, seed=seed)
+    layer.load_state_dict(state)
+    return layer
