@@ -2,6 +2,9 @@
 
 import copy
 import pickle
+import re
+import subprocess
+import sys
 
 import pytest
 
@@ -32,3 +35,22 @@ def test_each_error_has_the_base_a_builtin_and_survives_copies(name):
     assert isinstance(error, tr.TransformerRsError) and isinstance(error, BUILTIN[name])
     for again in (pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):
         assert type(again) is type(error) and str(again) == str(error) == "layer_norm: argument `x`: got (2, 3)"
+
+
+def test_memory_that_is_not_there_is_an_error_and_the_process_lives():
+    code = """
+import resource
+import numpy as np
+import transformer_rs as tr
+
+x = np.ones((1, 4, 20_000, 8), np.float32)
+resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+try:
+    tr.functional.attention(x, x, x, keep=np.ones((1, 1), bool), return_weights=True)
+except MemoryError as error:
+    print(type(error).__name__, error)
+print(tr.functional.relu(np.ones(2)))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert re.match(r"OutOfMemoryError .*cannot allocate \d+ .*\n\[1\. 1\.\]", run.stdout), run.stdout

@@ -452,7 +452,11 @@ DECODER = tr.nn.DecoderLayer(D, H, 20, seed=0)
         (lambda: ATTENTION(X, X[:, :2], causal=True), tr.ShapeError, "as many queries as keys"),
         (lambda: ATTENTION(X, keep=np.ones((3, 4), bool)), tr.ShapeError, "argument `keep`: expected shape (3, 3)"),
         (lambda: ATTENTION(X, block=np.ones((3, 3))), tr.DTypeError, "argument `block`: expected booleans"),
-        (lambda: ATTENTION(X, np.ones((3, 3), bool)), tr.DTypeError, "argument `memory`: expected floats, got bool"),
+        (
+            lambda: ATTENTION(X, np.ones((3, 3), bool)),
+            tr.DTypeError,
+            "argument `memory`: a boolean mask has to be named",
+        ),
         (lambda: ATTENTION(X, training=1), tr.DTypeError, "argument `training`: expected True or False"),
         (lambda: DECODER(X, None), tr.DTypeError, "DecoderLayer: argument `memory`"),
         (lambda: DECODER(X, X, memory_keep=np.ones((2, 2), bool)), tr.ShapeError, "argument `memory_keep`"),

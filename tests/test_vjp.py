@@ -164,3 +164,21 @@ def test_dy_of_every_kind_is_read():
         wide[::2].tolist(),
     ):
         assert np.array_equal(tr.vjp(F.softmax, x)[1](dy), expected)
+
+
+def test_what_is_not_used_is_freed():
+    resource = pytest.importorskip("resource", reason="only Unix says how much memory a process takes")
+    x = np.ones((1 << 18, 8), np.float32)  # 8 MiB
+
+    def use():
+        tr.vjp(F.softmax, x)
+        y, pullback = tr.vjp(F.softmax, x)
+        pullback(y)
+
+    for _ in range(5):
+        use()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(30):
+        use()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 100_000, f"{grown} KiB more after 30 calls of 8 MiB"

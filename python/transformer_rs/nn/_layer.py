@@ -183,6 +183,11 @@ class Layer:
         rows, batch = as_rows(op, "x", x, lengths)
         self._check_width("x", rows, "B, T")
         other, (b, l), m = None, batch.shape, batch.shape[1]
+        if getattr(memory, "dtype", None) == np.bool_:
+            message = (
+                "a boolean mask has to be named: keep=mask where True means `may attend`, block=mask where it means"
+            )
+            raise DTypeError(f"{op}: argument `memory`: {message} `may not`")
         if memory is not None:
             other = as_rows(op, "memory", memory, memory_lengths, "memory_lengths")
             self._check_width("memory", other[0], "B, M")

@@ -5,6 +5,8 @@ use crate::errors::{DTypeError, TokenOutOfRangeError, raise};
 use numpy::{Element, IntoPyArray, PyArray1, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
+use transformer_core::bail;
+use transformer_core::error::Result;
 use transformer_core::simd::Float;
 use transformer_core::tape::Tensor;
 
@@ -68,8 +70,35 @@ impl Floats<'_> {
 
     /// A copy as it lies.
     pub fn to_vec<T: Real>(&self) -> PyResult<Vec<T>> {
-        self.read(|values: &[T]| Ok(values.to_vec()))
+        self.read(|values: &[T]| copy(values).map_err(raise))
     }
+}
+
+/// An empty vector with room for `n` values; a refused allocation is an error, not the end of the process.
+pub fn room<T: Float>(n: usize) -> Result<Vec<T>> {
+    let mut values = Vec::new();
+    if values.try_reserve_exact(n).is_err() {
+        bail!(
+            OutOfMemory,
+            "cannot allocate {} bytes for an array; use a smaller batch",
+            n as u128 * size_of::<T>() as u128
+        );
+    }
+    Ok(values)
+}
+
+/// `n` zeros.
+pub fn zeros<T: Float>(n: usize) -> Result<Vec<T>> {
+    let mut values = room(n)?;
+    values.resize(n, T::ZERO);
+    Ok(values)
+}
+
+/// A copy.
+pub fn copy<T: Float>(from: &[T]) -> Result<Vec<T>> {
+    let mut values = room(from.len())?;
+    values.extend_from_slice(from);
+    Ok(values)
 }
 
 /// Reads the values of an array in C order.

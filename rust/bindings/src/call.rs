@@ -1,7 +1,7 @@
 //! A call with a gradient: arrays become leaves of a tape and parameters, an operation or a layer runs, and the tape
 //! waits in a [`Pullback`] for the gradient of the result. One mechanism for every function and every layer.
 
-use crate::arrays::{Floats, Owned, Real, named_arrays, to_array};
+use crate::arrays::{Floats, Owned, Real, copy, named_arrays, to_array, zeros};
 use crate::door;
 use crate::errors::{PullbackError, ShapeError, raise};
 use crate::form::Form;
@@ -126,7 +126,8 @@ impl<'py, T: Real> Call<'py, T> {
         let (rows, cols) = form.size();
         let tensor = left.read(|left| {
             right.read(|right| {
-                let mut both = Tensor::from_slice(rows, 2 * cols, &vec![T::ZERO; 2 * left.len()]).map_err(raise)?;
+                let mut both =
+                    Tensor::from_slice(rows, 2 * cols, &zeros(2 * left.len()).map_err(raise)?).map_err(raise)?;
                 let columns = cols.max(1);
                 for ((to, left), right) in
                     both.chunks_mut(2 * columns).zip(left.chunks(columns)).zip(right.chunks(columns))
@@ -302,35 +303,32 @@ impl<T: Real> Walk for Recorded<T> {
             grads.complete();
             let ranges: Vec<_> = grads.ranges().collect();
             let of = |id: ParamId| ranges.iter().find(|(other, ..)| *other == id).map(|(_, here, _)| here.clone());
-            let dw = |id: ParamId| of(id).and_then(|range| grads.arena().get(range)).map(<[T]>::to_vec);
+            let dw = |id: ParamId| of(id).and_then(|range| grads.arena().get(range)).map(copy).transpose();
 
             let mut taken: Vec<(Var, Option<Tensor<T>>)> = Vec::new();
             let mut arguments: Vec<Option<Gradient<T>>> = Vec::new();
             for input in &self.inputs {
                 arguments.push(match input {
                     Input::Nothing => None,
-                    Input::Weight(id, shape) => dw(*id).map(|dw| (dw, shape.clone())),
+                    Input::Weight(id, shape) => dw(*id)?.map(|dw| (dw, shape.clone())),
                     Input::Leaf(var, form) => {
                         if taken.iter().all(|(other, _)| other != var) {
                             taken.push((*var, dvars.take(*var)));
                         }
                         match taken.iter().find(|(other, _)| other == var) {
                             Some((_, Some(dx))) => Some((form.unpack(dx)?, form.shape())),
-                            _ => Some((vec![T::ZERO; form.shape().iter().product()], form.shape())),
+                            _ => Some((zeros(form.shape().iter().product())?, form.shape())),
                         }
                     }
                 });
             }
             let layout = weights.params.layout();
             // The weights of a function are arguments of it.
-            let named: Vec<Owned<T>> = layout
-                .ids()
-                .filter(|_| self.home.is_some())
-                .filter_map(|id| {
-                    let entry = layout.entry(id);
-                    dw(id).map(|dw| (entry.name.clone(), entry.shape.clone(), dw))
-                })
-                .collect();
+            let mut named: Vec<Owned<T>> = Vec::new();
+            for id in layout.ids().filter(|_| self.home.is_some()) {
+                let entry = layout.entry(id);
+                named.extend(dw(id)?.map(|dw| (entry.name.clone(), entry.shape.clone(), dw)));
+            }
             drop(weights);
             taken.into_iter().filter_map(|(_, dx)| dx).for_each(|dx| self.tape.pool.recycle(dx));
             let statistics = self.tape.take_statistics();

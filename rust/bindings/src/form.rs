@@ -1,5 +1,6 @@
 //! How an array of Python lies in the rows of a matrix, and back.
 
+use crate::arrays::{copy, room, zeros};
 use crate::errors::ShapeError;
 use pyo3::PyResult;
 use transformer_core::error::Result;
@@ -76,7 +77,7 @@ impl Form {
         match self {
             Form::Plain { .. } | Form::Columns { .. } => Tensor::from_slice(rows, cols, values),
             Form::Heads { shape: [_, h, l, k], rows: sequences } => {
-                let mut packed = Vec::with_capacity(rows * cols);
+                let mut packed = room(rows * cols)?;
                 for (b, length) in sequences.lengths().enumerate() {
                     for t in 0..length {
                         for head in 0..*h {
@@ -93,14 +94,17 @@ impl Form {
     /// Rows as an array; zeros at padding.
     pub fn unpack<T: Float>(&self, tensor: &Tensor<T>) -> Result<Vec<T>> {
         Ok(match self {
-            Form::Plain { .. } => tensor.to_vec(),
+            Form::Plain { .. } => copy(tensor)?,
             Form::Columns { start, .. } => {
-                let cols = self.size().1;
-                let part = |row: &[T]| row.get(*start..start + cols).unwrap_or_default().to_vec();
-                (0..tensor.rows()).flat_map(|i| part(tensor.row(i))).collect()
+                let (rows, cols) = self.size();
+                let mut values = room(rows * cols)?;
+                for i in 0..tensor.rows() {
+                    values.extend_from_slice(tensor.row(i).get(*start..start + cols).unwrap_or_default());
+                }
+                values
             }
             Form::Heads { shape: [b, h, l, k], rows: sequences } => {
-                let mut values = vec![T::ZERO; b * h * l * k];
+                let mut values = zeros(b * h * l * k)?;
                 for (b, length) in sequences.lengths().enumerate() {
                     for t in 0..length {
                         let row = tensor.row(sequences.range(b).start + t);

@@ -1,17 +1,19 @@
 //! Functions of arrays: each is one operation of the core in a [`Call`]. `gradients` is the number of leading arguments
 //! that get a gradient; without any, nothing is recorded.
 
-use crate::arrays::{Floats, Real, with_slice};
+use crate::arrays::{Floats, Real, to_array, with_slice, zeros};
 use crate::call::{Answer, Call, Mode};
 use crate::errors::{ConfigError, ShapeError, TokenOutOfRangeError, raise};
 use crate::form::Form;
 use numpy::PyArrayDyn;
 use numpy::PyUntypedArrayMethods;
 use pyo3::prelude::*;
+use transformer_core::error::Result;
 use transformer_core::ops::{
     self, Activation, Bias, Columns, DenseMask, Gate, Heads, IGNORE, KeysValues, Masks, Running,
 };
 use transformer_core::rows::Rows;
+use transformer_core::tape::AttentionWeights;
 
 /// Evaluates its body with `T` as the type of `x`.
 macro_rules! by_type {
@@ -319,28 +321,29 @@ fn attend<'py, T: Real>(
     let (answer, weights) = call.run_with(form, |tape, _| {
         let masks = Masks { causal: options.causal, keep: keep.as_ref(), bias, dropout };
         let y = ops::attention(tape, q, &rows, KeysValues::Packed { k, v, rows: &key_rows }, heads, &masks)?;
-        Ok((y, tape.take_attention()))
+        let weights = tape.take_attention();
+        let padded = weights.first().map(|weights| pad_weights(weights, [b, n_heads, l, m])).transpose()?;
+        Ok((y, padded))
     })?;
-    if !options.return_weights {
-        return Ok((answer, None));
-    }
-    // (H, L_i, M_i) of each sequence into (B, H, L, M), zeros at padding.
-    let mut padded = vec![T::ZERO; b * n_heads * l * m];
-    for call in &weights {
-        let mut from = call.values.as_slice();
-        for (i, &(h, queries, keys)) in call.shapes.iter().enumerate() {
-            for head in 0..h {
-                for query in 0..queries {
-                    let Some((row, rest)) = from.split_at_checked(keys) else { break };
-                    let at = ((i * n_heads + head) * l + query) * m;
-                    if let Some(to) = padded.get_mut(at..at + keys) {
-                        to.copy_from_slice(row);
-                    }
+    let weights = weights.map(|weights| to_array(py, weights, &[b, n_heads, l, m])).transpose()?;
+    Ok((answer, weights.map(Bound::into_any)))
+}
+
+/// (H, L_i, M_i) of each sequence as (B, H, L, M), zeros at padding.
+fn pad_weights<T: Real>(weights: &AttentionWeights<T>, shape: [usize; 4]) -> Result<Vec<T>> {
+    let [b, n_heads, l, m] = shape;
+    let mut padded = zeros(b * n_heads * l * m)?;
+    let mut from = weights.values.as_slice();
+    for (i, &(heads, queries, keys)) in weights.shapes.iter().enumerate() {
+        for head in 0..heads {
+            for query in 0..queries {
+                let at = ((i * n_heads + head) * l + query) * m;
+                if let (Some((row, rest)), Some(to)) = (from.split_at_checked(keys), padded.get_mut(at..at + keys)) {
+                    to.copy_from_slice(row);
                     from = rest;
                 }
             }
         }
     }
-    let weights = crate::arrays::to_array(py, padded, &[b, n_heads, l, m])?.into_any();
-    Ok((answer, Some(weights)))
+    Ok(padded)
 }

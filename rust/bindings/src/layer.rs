@@ -1,6 +1,6 @@
 //! Layers with weights of their own.
 
-use crate::arrays::{Floats, Owned, named_arrays, read_named, token_ids};
+use crate::arrays::{Floats, Owned, copy, named_arrays, read_named, token_ids};
 use crate::call::{Answer, Call, Mode, Pools, Weights};
 use crate::door;
 use crate::errors::{ConfigError, ShapeError, raise};
@@ -92,11 +92,6 @@ impl Layer {
         })?;
         Ok(Layer { module, weights: Weights::shared(params), pools: Pools::default() })
     }
-
-    /// Reads the weights inside the door.
-    fn read<R: Send>(&self, py: Python<'_>, read: impl FnOnce(&Params<f32>) -> R + Send) -> PyResult<R> {
-        door::run(py, || Ok(read(&self.weights.read().unwrap_or_else(PoisonError::into_inner).params)))
-    }
 }
 
 #[pymethods]
@@ -171,17 +166,19 @@ impl Layer {
 
     /// Name and shape of every parameter; statistics are none.
     fn parameters(&self, py: Python<'_>) -> PyResult<Vec<(String, Vec<usize>)>> {
-        self.read(py, |params| {
-            let layout = params.layout();
-            layout.ids().map(|id| layout.entry(id)).map(|entry| (entry.name.clone(), entry.shape.clone())).collect()
+        door::run(py, || {
+            let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
+            let layout = weights.params.layout();
+            Ok(layout.ids().map(|id| layout.entry(id)).map(|entry| (entry.name.clone(), entry.shape.clone())).collect())
         })
     }
 
     /// Copies of all parameters and statistics.
     fn state_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let arrays = self.read(py, |params| -> Vec<Owned<f32>> {
-            let copy = |(name, shape, values): NamedArray<'_>| (name.to_owned(), shape.to_vec(), values.to_vec());
-            checkpoint::state_dict(params).into_iter().map(copy).collect()
+        let arrays = door::run(py, || {
+            let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
+            let own = |(name, shape, values): NamedArray<'_>| Ok((name.to_owned(), shape.to_vec(), copy(values)?));
+            checkpoint::state_dict(&weights.params).into_iter().map(own).collect::<Result<Vec<Owned<f32>>>>()
         })?;
         named_arrays(py, arrays)
     }
