@@ -98,8 +98,10 @@ const SLAB_ROWS: usize = 2048;
 const FAR_APART: usize = 512;
 const MANY_ROWS: usize = 64;
 const GAP: usize = 16;
-/// With fewer rows than this B is read where it lies, if its rows are contiguous: packing costs as much as a few rows.
+/// With fewer rows than this, or so few numbers that they fit the L1 cache, B is read where it lies, if its rows are
+/// contiguous: packing costs as much as a few rows.
 const PACK_FROM_ROWS: usize = 24;
+const PACK_FROM: usize = 4096;
 
 /// C = [C +] A · B, then the epilogue; on all threads where it pays.
 pub fn gemm<'a, T: Float, E: Epilogue<T>>(
@@ -148,7 +150,8 @@ fn product<T: Float, E: Epilogue<T>>(
     let (tile_rows, tile_cols) = tile_shape::<T>();
     let a_in_place = (a.col_stride == 1 || depth <= 1) && (a.row_stride <= FAR_APART || m < MANY_ROWS);
     let pack_a = !a_in_place;
-    let pack_b = matches!(b, Rhs::Plain(b) if b.col_stride != 1 || m >= PACK_FROM_ROWS);
+    let worth = m >= PACK_FROM_ROWS && depth * n > PACK_FROM;
+    let pack_b = matches!(b, Rhs::Plain(b) if b.col_stride != 1 || worth);
 
     // Slabs: what is packed at a time.
     let slab_rows = if pack_a { m.min(SLAB_ROWS) } else { m };

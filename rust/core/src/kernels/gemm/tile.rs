@@ -42,13 +42,19 @@ pub(super) const fn panels_at_once(rows: usize) -> usize {
 pub(super) unsafe fn whole<T: Float, S: Simd<T>>(s: S, rows: usize, panels: usize, o: &Operands<T>) {
     // SAFETY: the caller's promise.
     unsafe {
-        match (S::TILE_VECTORS, panels, rows) {
-            (1, 4, _) => tile::<T, S, 1, 4, 1, false>(s, o, 0),
-            (1, 2, _) => tile::<T, S, 2, 2, 1, false>(s, o, 0),
-            (1, ..) => single::<T, S, 1, false>(s, rows, o, 0),
-            (_, 4, _) => tile::<T, S, 1, 4, 2, false>(s, o, 0),
-            (_, 2, _) => tile::<T, S, 2, 2, 2, false>(s, o, 0),
-            _ => single::<T, S, 2, false>(s, rows, o, 0),
+        // `if const`, so that only what this token needs is compiled.
+        if const { S::TILE_VECTORS == 1 } {
+            match panels {
+                4 => tile::<T, S, 1, 4, 1, false>(s, o, 0),
+                2 => tile::<T, S, 2, 2, 1, false>(s, o, 0),
+                _ => single::<T, S, 1, false>(s, rows, o, 0),
+            }
+        } else {
+            match panels {
+                4 => tile::<T, S, 1, 4, 2, false>(s, o, 0),
+                2 => tile::<T, S, 2, 2, 2, false>(s, o, 0),
+                _ => single::<T, S, 2, false>(s, rows, o, 0),
+            }
         }
     }
 }
@@ -60,9 +66,10 @@ pub(super) unsafe fn whole<T: Float, S: Simd<T>>(s: S, rows: usize, panels: usiz
 pub(super) unsafe fn partial<T: Float, S: Simd<T>>(s: S, rows: usize, cols: usize, o: &Operands<T>) {
     // SAFETY: the caller's promise.
     unsafe {
-        match S::TILE_VECTORS {
-            1 => single::<T, S, 1, true>(s, rows, o, cols),
-            _ => single::<T, S, 2, true>(s, rows, o, cols),
+        if const { S::TILE_VECTORS == 1 } {
+            single::<T, S, 1, true>(s, rows, o, cols)
+        } else {
+            single::<T, S, 2, true>(s, rows, o, cols)
         }
     }
 }
@@ -78,8 +85,12 @@ unsafe fn single<T: Float, S: Simd<T>, const V: usize, const PART: bool>(
     macro_rules! choose {
         ($($r:literal)*) => {
             match rows {
-                // SAFETY: the caller's promise.
-                $($r if $r <= S::TILE_ROWS => unsafe { tile::<T, S, $r, 1, V, PART>(s, o, cols) },)*
+                $($r => {
+                    if const { $r <= S::TILE_ROWS } {
+                        // SAFETY: the caller's promise.
+                        unsafe { tile::<T, S, $r, 1, V, PART>(s, o, cols) }
+                    }
+                })*
                 _ => unreachable!("a tile has at most TILE_ROWS rows"),
             }
         };
