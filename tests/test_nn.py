@@ -496,3 +496,20 @@ def test_same_bits_for_any_number_of_threads():
         layer.load_state_dict(state)
         with tr.num_threads(threads):
             assert all(np.array_equal(a, b) for a, b in zip(one, results(), strict=True)), f"{threads} threads"
+
+
+def test_buffers_are_used_again():
+    resource = pytest.importorskip("resource", reason="only Unix says how much memory a process takes")
+    layer, x = tr.nn.FeedForward(64, 128, seed=0), draw(16_384, 64)  # 4 MiB
+
+    def use():
+        y, pullback = tr.vjp(layer, x, training=True)
+        pullback(layer(y))
+
+    for _ in range(5):
+        use()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(40):
+        use()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 60_000, f"{grown} KiB more after 40 calls of 4 MiB"

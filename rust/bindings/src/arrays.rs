@@ -2,18 +2,31 @@
 //! int64 or bool; here they are copied into the engine's own buffers while the interpreter is held.
 
 use crate::errors::{DTypeError, TokenOutOfRangeError, raise};
+use crate::pools::{self, Home};
 use numpy::{Element, IntoPyArray, PyArray1, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use transformer_core::bail;
 use transformer_core::error::Result;
 use transformer_core::simd::Float;
-use transformer_core::tape::Tensor;
 
 /// f32 or f64, on both sides of the border.
-pub trait Real: Float + Element {}
-impl Real for f32 {}
-impl Real for f64 {}
+pub trait Real: Float + Element {
+    /// Where the buffers of functions stay.
+    fn home() -> Home<Self>;
+}
+
+impl Real for f32 {
+    fn home() -> Home<f32> {
+        pools::of_f32()
+    }
+}
+
+impl Real for f64 {
+    fn home() -> Home<f64> {
+        pools::of_f64()
+    }
+}
 
 /// A float array as an argument.
 pub enum Floats<'py> {
@@ -61,11 +74,6 @@ impl Floats<'_> {
             Ok(array) => with_slice(array, read),
             Err(_) => Err(DTypeError::new_err(format!("expected an array of {}, got another float type", T::NAME))),
         }
-    }
-
-    /// A copy as a `(rows, cols)` matrix.
-    pub fn tensor<T: Real>(&self, rows: usize, cols: usize) -> PyResult<Tensor<T>> {
-        self.read(|values| Tensor::from_slice(rows, cols, values).map_err(raise))
     }
 
     /// A copy as it lies.

@@ -5,6 +5,7 @@ use crate::arrays::{Floats, Owned, Real, copy, named_arrays, to_array, zeros};
 use crate::door;
 use crate::errors::{PullbackError, ShapeError, raise};
 use crate::form::Form;
+use crate::pools::Home;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -37,12 +38,6 @@ impl<T: Real> Weights<T> {
         Ok(())
     }
 }
-
-/// Pools kept between the calls of a layer: as many calls at once find their buffers again.
-const POOLS: usize = 4;
-
-/// Buffers between the calls of one layer.
-pub type Pools<T> = Arc<Mutex<Vec<Pool<T>>>>;
 
 /// Random numbers and gradients of a call.
 #[derive(Clone, Copy, Default)]
@@ -79,6 +74,9 @@ pub struct Call<'py, T: Real> {
     /// What the result is multiplied with.
     pub scale: T,
     tape: Tape<T>,
+    home: Home<T>,
+    /// Of a layer: gradients of its weights are wanted by name.
+    named: bool,
     builder: Builder,
     values: Vec<(ParamId, Floats<'py>)>,
     statistics: Vec<(StatId, Floats<'py>)>,
@@ -89,21 +87,20 @@ pub struct Call<'py, T: Real> {
 pub type Answer<'py> = (Bound<'py, PyAny>, Option<Pullback>);
 
 impl<'py, T: Real> Call<'py, T> {
-    /// A call without arguments so far.
+    /// The call of a function, without arguments so far.
     pub fn new(py: Python<'py>, mode: Mode) -> Self {
-        Self::with_pool(py, mode, Pool::default())
+        Self::with_home(py, mode, T::home(), false)
     }
 
-    /// Likewise, with the buffers of a layer.
-    pub fn of_layer(py: Python<'py>, mode: Mode, pools: &Pools<T>) -> Self {
-        let pool = pools.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        Self::with_pool(py, mode, pool.unwrap_or_default())
+    /// The call of a layer, which has buffers of its own.
+    pub fn of_layer(py: Python<'py>, mode: Mode, home: &Home<T>) -> Self {
+        Self::with_home(py, mode, home.clone(), true)
     }
 
-    fn with_pool(py: Python<'py>, mode: Mode, pool: Pool<T>) -> Self {
-        let (builder, tape) = (Builder::new(), mode.tape(pool));
-        let scale = T::ONE;
-        Call { py, mode, scale, tape, builder, values: Vec::new(), statistics: Vec::new(), inputs: Vec::new() }
+    fn with_home(py: Python<'py>, mode: Mode, home: Home<T>, named: bool) -> Self {
+        let (builder, tape, scale) = (Builder::new(), mode.tape(home.take()), T::ONE);
+        let (values, statistics, inputs) = Default::default();
+        Call { py, mode, scale, tape, home, named, builder, values, statistics, inputs }
     }
 
     /// The next argument has no gradient.
@@ -113,7 +110,8 @@ impl<'py, T: Real> Call<'py, T> {
 
     /// The next argument is data; its rows are made by `form`.
     pub fn leaf(&mut self, x: &Floats<'py>, form: Form) -> PyResult<Var> {
-        let tensor = x.read(|values| form.pack(values).map_err(raise))?;
+        let pool = &mut self.tape.pool;
+        let tensor = x.read(|values| form.pack(values, pool).map_err(raise))?;
         let wanted = self.inputs.len() < self.mode.gradients;
         let var = if wanted { self.tape.leaf(tensor) } else { self.tape.constant(tensor) };
         self.inputs.push(if wanted { Input::Leaf(var, form) } else { Input::Nothing });
@@ -124,10 +122,10 @@ impl<'py, T: Real> Call<'py, T> {
     pub fn leaf_pair(&mut self, left: &Floats<'py>, right: &Floats<'py>) -> PyResult<Var> {
         let form = Form::rows(left.shape())?;
         let (rows, cols) = form.size();
+        let pool = &mut self.tape.pool;
         let tensor = left.read(|left| {
             right.read(|right| {
-                let mut both =
-                    Tensor::from_slice(rows, 2 * cols, &zeros(2 * left.len()).map_err(raise)?).map_err(raise)?;
+                let mut both = pool.tensor(rows, 2 * cols).map_err(raise)?;
                 let columns = cols.max(1);
                 for ((to, left), right) in
                     both.chunks_mut(2 * columns).zip(left.chunks(columns)).zip(right.chunks(columns))
@@ -196,7 +194,7 @@ impl<'py, T: Real> Call<'py, T> {
         operation: impl FnOnce(&mut Tape<T>, &Params<T>) -> Result<(Var, E)> + Send,
     ) -> PyResult<(Answer<'py>, E)> {
         let weights = self.take_weights()?;
-        self.run_on(weights, None, form, operation)
+        self.run_on(weights, form, operation)
     }
 
     /// The weights that were declared.
@@ -217,15 +215,14 @@ impl<'py, T: Real> Call<'py, T> {
         Ok(Weights::shared(params))
     }
 
-    /// Runs on the weights of a layer, whose buffers go back to `home`.
+    /// Runs on the weights of a layer.
     pub fn run_on<E: Send>(
         self,
         weights: Arc<RwLock<Weights<T>>>,
-        home: Option<Pools<T>>,
         form: Form,
         work: impl FnOnce(&mut Tape<T>, &Params<T>) -> Result<(Var, E)> + Send,
     ) -> PyResult<(Answer<'py>, E)> {
-        let Call { py, mode, scale, mut tape, inputs, .. } = self;
+        let Call { py, mode, scale, mut tape, home, named, inputs, .. } = self;
         let training = mode.seed.is_some();
         let (values, recorded, extra) = door::run(py, move || {
             let guard = weights.read().unwrap_or_else(PoisonError::into_inner);
@@ -234,7 +231,7 @@ impl<'py, T: Real> Call<'py, T> {
             drop(guard);
             let mut values = form.unpack(tape.value(output)?)?;
             values.iter_mut().filter(|_| scale != T::ONE).for_each(|y| *y *= scale);
-            let recorded = Recorded { tape, weights, version, training, inputs, output, form, scale, home };
+            let recorded = Recorded { tape, weights, version, training, inputs, output, form, scale, home, named };
             Ok((values, recorded, extra))
         })?;
         let y = to_array(py, values, &recorded.form.shape())?.into_any();
@@ -258,18 +255,13 @@ struct Recorded<T: Real> {
     output: Var,
     form: Form,
     scale: T,
-    home: Option<Pools<T>>,
+    home: Home<T>,
+    named: bool,
 }
 
 impl<T: Real> Recorded<T> {
     fn free(self) {
-        if let Some(home) = self.home {
-            let pool = self.tape.into_pool();
-            let mut pools = home.lock().unwrap_or_else(PoisonError::into_inner);
-            if pools.len() < POOLS {
-                pools.push(pool);
-            }
-        }
+        self.home.give(self.tape.into_pool());
     }
 }
 
@@ -291,7 +283,7 @@ impl<T: Real> Walk for Recorded<T> {
     }
 
     fn walk<'py>(mut self: Box<Self>, py: Python<'py>, dy: Floats<'py>) -> PyResult<Gradients<'py>> {
-        let mut dy: Tensor<T> = dy.read(|dy| self.form.pack(dy).map_err(raise))?;
+        let mut dy = dy.read(|dy| self.form.pack(dy, &mut self.tape.pool).map_err(raise))?;
         let walked = door::run(py, move || {
             dy.iter_mut().for_each(|dy| *dy *= self.scale);
             let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
@@ -325,7 +317,7 @@ impl<T: Real> Walk for Recorded<T> {
             let layout = weights.params.layout();
             // The weights of a function are arguments of it.
             let mut named: Vec<Owned<T>> = Vec::new();
-            for id in layout.ids().filter(|_| self.home.is_some()) {
+            for id in layout.ids().filter(|_| self.named) {
                 let entry = layout.entry(id);
                 named.extend(dw(id)?.map(|dw| (entry.name.clone(), entry.shape.clone(), dw)));
             }

@@ -6,7 +6,7 @@ use pyo3::PyResult;
 use transformer_core::error::Result;
 use transformer_core::rows::Rows;
 use transformer_core::simd::Float;
-use transformer_core::tape::Tensor;
+use transformer_core::tape::{Pool, Tensor};
 
 /// The layout of an argument or a result.
 #[derive(Clone)]
@@ -72,23 +72,26 @@ impl Form {
     }
 
     /// An array as rows.
-    pub fn pack<T: Float>(&self, values: &[T]) -> Result<Tensor<T>> {
+    pub fn pack<T: Float>(&self, values: &[T], pool: &mut Pool<T>) -> Result<Tensor<T>> {
         let (rows, cols) = self.size();
+        let mut packed = pool.tensor(rows, cols)?;
         match self {
-            Form::Plain { .. } | Form::Columns { .. } => Tensor::from_slice(rows, cols, values),
+            Form::Plain { .. } | Form::Columns { .. } => packed.copy_from_slice(values),
             Form::Heads { shape: [_, h, l, k], rows: sequences } => {
-                let mut packed = room(rows * cols)?;
+                let mut to = packed.chunks_exact_mut((*k).max(1));
                 for (b, length) in sequences.lengths().enumerate() {
                     for t in 0..length {
                         for head in 0..*h {
                             let at = ((b * h + head) * l + t) * k;
-                            packed.extend_from_slice(values.get(at..at + k).unwrap_or_default());
+                            if let (Some(to), Some(from)) = (to.next(), values.get(at..at + k)) {
+                                to.copy_from_slice(from);
+                            }
                         }
                     }
                 }
-                Tensor::from_slice(rows, cols, &packed)
             }
         }
+        Ok(packed)
     }
 
     /// Rows as an array; zeros at padding.

@@ -1,11 +1,12 @@
 //! Layers with weights of their own.
 
 use crate::arrays::{Floats, Owned, copy, named_arrays, read_named, token_ids};
-use crate::call::{Answer, Call, Mode, Pools, Weights};
+use crate::call::{Answer, Call, Mode, Weights};
 use crate::door;
 use crate::errors::{ConfigError, ShapeError, raise};
 use crate::form::Form;
 use crate::functional::dense_mask;
+use crate::pools::Home;
 use numpy::{PyArray1, PyArrayDyn};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -38,7 +39,7 @@ pub struct Layer {
     module: Module,
     /// Calls read them, optimisers write them; locked inside the door.
     pub weights: Arc<RwLock<Weights<f32>>>,
-    pools: Pools<f32>,
+    home: Home<f32>,
 }
 
 /// The settings of a stack and its layers.
@@ -90,7 +91,7 @@ impl Layer {
             let module = declare(&mut builder);
             Ok((module, Params::init(Arc::new(builder.finish()), seed)?))
         })?;
-        Ok(Layer { module, weights: Weights::shared(params), pools: Pools::default() })
+        Ok(Layer { module, weights: Weights::shared(params), home: Home::of_layer() })
     }
 }
 
@@ -206,7 +207,7 @@ impl Layer {
             return Err(ConfigError::new_err("this layer takes vectors, not ids"));
         };
         let ids = token_ids(&ids)?;
-        let mut call = Call::of_layer(py, Mode { gradients, seed }, &self.pools);
+        let mut call = Call::of_layer(py, Mode { gradients, seed }, &self.home);
         call.nothing();
         let form = Form::Plain { shape: vec![ids.len(), *d_model], cols: *d_model };
         self.run(call, form, |tape, params| embedding.forward(tape, params, &ids))
@@ -229,7 +230,7 @@ impl Layer {
     ) -> PyResult<Answer<'py>> {
         let keep = keep.as_ref().map(dense_mask).transpose()?;
         let memory_keep = memory_keep.as_ref().map(dense_mask).transpose()?;
-        let mut call = Call::of_layer(py, Mode { gradients, seed }, &self.pools);
+        let mut call = Call::of_layer(py, Mode { gradients, seed }, &self.home);
         let form = Form::rows(x.shape())?;
         let rows = rows_of("x", &form, lengths)?;
         let x = call.leaf(&x, form.clone())?;
@@ -278,8 +279,8 @@ impl Layer {
         form: Form,
         forward: impl FnOnce(&mut Tape<f32>, &Params<f32>) -> Result<Var> + Send,
     ) -> PyResult<Answer<'py>> {
-        let (weights, home) = (Arc::clone(&self.weights), Some(Arc::clone(&self.pools)));
-        Ok(call.run_on(weights, home, form, |tape, params| Ok((forward(tape, params)?, ())))?.0)
+        let weights = Arc::clone(&self.weights);
+        Ok(call.run_on(weights, form, |tape, params| Ok((forward(tape, params)?, ())))?.0)
     }
 }
 

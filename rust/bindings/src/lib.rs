@@ -7,6 +7,7 @@ pub mod errors;
 pub mod form;
 pub mod functional;
 pub mod layer;
+pub mod pools;
 pub mod threads;
 
 use pyo3::prelude::*;

@@ -1,0 +1,56 @@
+//! Buffers that wait between calls.
+
+use std::sync::{Arc, LazyLock, Mutex};
+use transformer_core::simd::Float;
+use transformer_core::tape::Pool;
+
+/// Pools kept in one place: as many calls at once find their buffers again.
+const POOLS: usize = 4;
+/// Bytes of a pool that functions keep. A layer keeps all of its own.
+const KEPT: usize = 64 << 20;
+
+/// Where the buffers of a layer, or of all functions, stay.
+#[derive(Clone)]
+pub struct Home<T> {
+    pools: Arc<Mutex<Vec<Pool<T>>>>,
+    most: usize,
+}
+
+impl<T: Float> Home<T> {
+    /// A home that keeps pools of at most so many bytes.
+    fn new(most: usize) -> Self {
+        Home { pools: Arc::default(), most }
+    }
+
+    /// A layer's.
+    pub fn of_layer() -> Self {
+        Self::new(usize::MAX)
+    }
+
+    /// A pool, an empty one if none waits. The lock is never waited for: a process may fork while it is held.
+    pub fn take(&self) -> Pool<T> {
+        self.pools.try_lock().ok().and_then(|mut pools| pools.pop()).unwrap_or_default()
+    }
+
+    /// Gives a pool back.
+    pub fn give(&self, pool: Pool<T>) {
+        if let Ok(mut pools) = self.pools.try_lock()
+            && pools.len() < POOLS
+            && pool.bytes() <= self.most
+        {
+            pools.push(pool);
+        }
+    }
+}
+
+/// The home of functions in f32.
+pub fn of_f32() -> Home<f32> {
+    static HOME: LazyLock<Home<f32>> = LazyLock::new(|| Home::new(KEPT));
+    HOME.clone()
+}
+
+/// The home of functions in f64.
+pub fn of_f64() -> Home<f64> {
+    static HOME: LazyLock<Home<f64>> = LazyLock::new(|| Home::new(KEPT));
+    HOME.clone()
+}
