@@ -17,4 +17,6 @@ pub use optimizer::{NO_DECAY, Optimizer, OptimizerState};
 pub use pattern::matches;
 pub use save::Snapshot;
 pub use schedule::{Schedule, paper_lr};
-pub use trainer::{Compute, Evaluation, Gradients, Loss, StepResult, Trainer, TrainerConfig};
+pub use trainer::{
+    Compute, Evaluation, Gradients, Loss, StepResult, Trainer, TrainerConfig, finite_norm, set_gradients,
+};

@@ -1,7 +1,9 @@
 //! The trainer: gradients of some micro-batches, then one update of the optimiser.
 
 use super::{NO_DECAY, Optimizer, OptimizerState, Schedule, clip_scale, global_norm, pattern};
+use crate::checkpoint::NamedArray;
 use crate::error::Result;
+use crate::kernels::elementwise::scale_assign;
 use crate::models::{Batch, Transformer};
 use crate::ops::CrossEntropy;
 use crate::rng::Key;
@@ -146,8 +148,7 @@ pub struct Evaluation {
     pub n_tokens: usize,
 }
 
-/// The gradient of the *summed* loss of a step's batches, and what belongs to it. A reduction over processes sums the
-/// arena and the three sums; nothing is divided before the optimiser pass.
+/// The gradient of the loss per token over a step's batches, before clipping, and what belongs to it.
 #[derive(Debug)]
 pub struct Gradients {
     /// The arena.
@@ -161,6 +162,45 @@ pub struct Gradients {
     step: u64,
     /// New running statistics: the mean of what the batches noted.
     statistics: Vec<(StatId, Vec<f32>)>,
+}
+
+impl Gradients {
+    /// Takes gradients by name, see [`set_gradients`].
+    pub fn set(&mut self, params: &Params<f32>, arrays: &[NamedArray<'_>]) -> Result<()> {
+        set_gradients(params, &mut self.grads, arrays)
+    }
+}
+
+/// Takes gradients by name: those of all trained parameters, in their shapes, and no others.
+pub fn set_gradients(params: &Params<f32>, grads: &mut Grads<f32>, arrays: &[NamedArray<'_>]) -> Result<()> {
+    let layout = params.layout();
+    let mut problems = Vec::new();
+    for (name, shape, values) in arrays {
+        match layout.find(name).filter(|&id| grads.wants(id)) {
+            None => problems.push(format!("`{name}` is not trained")),
+            Some(id) if layout.entry(id).shape != *shape => {
+                problems.push(format!("`{name}`: expected shape {:?}, got {shape:?}", layout.entry(id).shape));
+            }
+            Some(id) => grads.set(id, values)?,
+        }
+    }
+    problems.extend(grads.missing().map(|id| format!("`{}` is missing", layout.entry(id).name)));
+    ensure!(problems.is_empty(), Shape, "gradients: {}; pass one for each trained parameter", problems.join(", "));
+    Ok(())
+}
+
+/// The norm of a gradient, for `what`; not finite, it is an error that names the first parameter.
+pub fn finite_norm(what: &str, params: &Params<f32>, grads: &Grads<f32>) -> Result<f64> {
+    let norm = global_norm(grads)?;
+    if !norm.is_finite() {
+        let name = first_non_finite(params, |id| grads.get(id));
+        let name = name.map(|name| format!(", first in parameter `{name}`")).unwrap_or_default();
+        bail!(
+            NonFinite,
+            "{what}: the gradient's norm is {norm}{name}; nothing was changed; lower the learning rate or clip"
+        );
+    }
+    Ok(norm)
 }
 
 /// Trains the parameters of a model by gradient descent. It holds what a run needs besides them and borrows nothing.
@@ -238,8 +278,7 @@ impl Trainer {
         micro_batches: &[L::Batch],
     ) -> Result<StepResult> {
         section(None, || {
-            // Another trainer of this model may have other parameters frozen.
-            freeze(&self.config, params)?;
+            self.claim(params)?;
             let gradients = self.accumulate(model, params, micro_batches)?;
             self.apply(params, gradients)
         })
@@ -262,6 +301,27 @@ impl Trainer {
                 }
             }
         })
+    }
+
+    /// Room for gradients from elsewhere, see [`Gradients::set`]. What [`Trainer::gradients`] made last for the next step
+    /// lends its arena and its running statistics.
+    pub fn blank(&mut self, params: &Params<f32>, last: Option<Gradients>) -> Result<Gradients> {
+        let mut gradients = match last.filter(|last| last.step == self.step + 1 && self.state.fits(&last.grads)) {
+            Some(last) => last,
+            None => self.empty(params)?,
+        };
+        gradients.grads.reset();
+        Ok(gradients)
+    }
+
+    /// Takes back gradients that will not be applied: their arena is used again.
+    pub fn discard(&mut self, gradients: Gradients) {
+        self.grads = Some(gradients.grads);
+    }
+
+    /// Makes this trainer's frozen parameters those of the model: another trainer may have others.
+    pub fn claim(&self, params: &mut Params<f32>) -> Result<()> {
+        freeze(&self.config, params)
     }
 
     /// The second half of [`Trainer::step`]: clipping, one pass of the optimiser, running statistics. It is done whole or
@@ -304,13 +364,7 @@ impl Trainer {
         params: &Params<f32>,
         micro_batches: &[L::Batch],
     ) -> Result<Gradients> {
-        let mut grads = match self.grads.take().filter(|grads| self.state.fits(grads)) {
-            Some(grads) => grads,
-            None => Grads::new(params)?,
-        };
-        grads.reset();
-        let mut gradients =
-            Gradients { grads, loss_sum: 0.0, nll_sum: 0.0, n_tokens: 0, step: self.step + 1, statistics: Vec::new() };
+        let mut gradients = self.empty(params)?;
         match self.run(model, params, micro_batches, &mut gradients) {
             Ok(()) => Ok(gradients),
             Err(error) => {
@@ -318,6 +372,16 @@ impl Trainer {
                 Err(error)
             }
         }
+    }
+
+    fn empty(&mut self, params: &Params<f32>) -> Result<Gradients> {
+        let mut grads = match self.grads.take().filter(|grads| self.state.fits(grads)) {
+            Some(grads) => grads,
+            None => Grads::new(params)?,
+        };
+        grads.reset();
+        let (step, statistics) = (self.step + 1, Vec::new());
+        Ok(Gradients { grads, loss_sum: 0.0, nll_sum: 0.0, n_tokens: 0, step, statistics })
     }
 
     fn run<L: Loss>(
@@ -361,6 +425,8 @@ impl Trainer {
             self.covered = true;
         }
         sum.grads.complete();
+        // Up to here everything was a plain sum over batches (and, one day, processes).
+        scale_assign(sum.grads.arena_mut(), (1.0 / sum.n_tokens as f64) as f32)?;
         let mean = |(id, (count, sums)): (StatId, (usize, Vec<f64>))| {
             (id, sums.into_iter().map(|sum| (sum / count as f64) as f32).collect())
         };
@@ -400,15 +466,7 @@ impl Trainer {
     fn result(&self, params: &Params<f32>, gradients: &Gradients) -> Result<StepResult> {
         let Gradients { grads, loss_sum, nll_sum, n_tokens, step, .. } = gradients;
         let count = *n_tokens as f64;
-        let grad_norm = global_norm(grads)? / count;
-        if !grad_norm.is_finite() {
-            let name = first_non_finite(params, |id| grads.get(id));
-            bail!(
-                NonFinite,
-                "step {step}: the gradient's norm is {grad_norm}{}; nothing was changed; lower the learning rate or clip",
-                name.map(|name| format!(", first in parameter `{name}`")).unwrap_or_default()
-            );
-        }
+        let grad_norm = finite_norm(&format!("step {step}"), params, grads)?;
         let lr = self.config.optimizer.lr() * self.config.schedule.factor(*step, self.total_steps)?;
         Ok(StepResult { loss: loss_sum / count, nll: nll_sum / count, n_tokens: *n_tokens, grad_norm, lr, step: *step })
     }
@@ -422,7 +480,7 @@ impl Trainer {
             self.step + 1
         );
         let result = self.result(params, gradients)?;
-        let scale = clip_scale(result.grad_norm, self.config.clip_norm) / result.n_tokens as f64;
+        let scale = clip_scale(result.grad_norm, self.config.clip_norm);
         self.state.update(&self.config.optimizer, params, &gradients.grads, result.lr, scale)?;
         for (id, values) in &gradients.statistics {
             params.set_stat(*id, values)?;
