@@ -7,9 +7,10 @@ True
 
 from typing import Any
 
-from . import _core, errors, functional, nn
+from . import _core, errors, functional, nn, schedules
 from ._core import __version__
 from ._vjp import vjp
+from .config import TransformerConfig
 from .errors import (
     CheckpointError,
     ConfigError,
@@ -24,19 +25,33 @@ from .errors import (
     TransformerRsError,
     UnsupportedError,
 )
+from .hypothesis import Hypothesis
+from .optimizers import SGD, Adam, AdamW
 from .threads import get_num_threads, num_threads, set_num_threads
+from .trainer import Evaluation, StepResult, Trainer
+from .transformer import Attention, Transformer
 
 __all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Attention",
     "CheckpointError",
     "ConfigError",
     "DTypeError",
+    "Evaluation",
+    "Hypothesis",
     "InternalError",
     "NonFiniteError",
     "OutOfMemoryError",
     "PullbackError",
     "ShapeError",
+    "StepResult",
     "StorageError",
     "TokenOutOfRangeError",
+    "Trainer",
+    "Transformer",
+    "TransformerConfig",
     "TransformerRsError",
     "UnsupportedError",
     "__version__",
@@ -46,6 +61,7 @@ __all__ = [
     "get_num_threads",
     "nn",
     "num_threads",
+    "schedules",
     "set_num_threads",
     "vjp",
 ]

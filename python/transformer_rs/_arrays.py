@@ -190,7 +190,7 @@ def as_ids(
     elif pad_id is not None:
         inside = np.arange(padded.shape[1]) < wide[:, None]
         tokens = inside & (padded != pad_id)
-        real = np.where(tokens.any(1), padded.shape[1] - np.argmax(tokens[:, ::-1], 1), 0).astype(np.int64)
+        real = np.where(tokens, np.arange(1, padded.shape[1] + 1), 0).max(1, initial=0)
         for row, column in np.argwhere(~tokens & (np.arange(padded.shape[1]) < real[:, None]))[:1]:
             message = f"pad_id {pad_id} stands inside a sequence, at row {row}, column {column}"
             raise ShapeError(

@@ -7,8 +7,11 @@ pub mod errors;
 pub mod form;
 pub mod functional;
 pub mod layer;
+pub mod optimizer;
 pub mod pools;
 pub mod threads;
+pub mod trainer;
+pub mod transformer;
 
 use pyo3::prelude::*;
 
@@ -28,5 +31,11 @@ mod _core {
     #[pymodule_export]
     use crate::layer::Layer;
     #[pymodule_export]
+    use crate::optimizer::{OptimizerState, check_optimizer, check_schedule, paper_lr, schedule_factor};
+    #[pymodule_export]
     use crate::threads::{build_info, get_num_threads, set_num_threads};
+    #[pymodule_export]
+    use crate::trainer::{Snapshot, Trainer, batches};
+    #[pymodule_export]
+    use crate::transformer::{Transformer, check_config};
 }

@@ -1,0 +1,236 @@
+"""The loop of ``Trainer.fit``: epochs, limits, validation, progress."""
+
+import dataclasses
+import math
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _core
+from ._arrays import as_size
+from ._sequences import Pairs
+from ._values import as_finite, maybe_size
+from .errors import ConfigError, DTypeError
+from .schedules import Cosine, Linear
+
+if TYPE_CHECKING:
+    from .trainer import StepResult, Trainer
+
+_OP = "Trainer.fit"
+_LINE_EVERY = 10.0  # seconds, where there is no bar
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to stop."""
+
+    epochs: int | None
+    steps: int | None
+    seconds: float | None
+
+    @classmethod
+    def of(cls, epochs: Any, steps: Any, minutes: Any) -> "Limits":
+        """Check what a user says."""
+        if epochs is None and steps is None and minutes is None:
+            raise ConfigError(f"{_OP}: nothing says when to stop; pass epochs=, steps= or minutes=")
+        seconds = None if minutes is None else 60 * as_finite(_OP, "minutes", minutes)
+        if seconds is not None and seconds <= 0:
+            raise ConfigError(f"{_OP}: argument `minutes`: expected a number above 0, got {minutes}")
+        return cls(maybe_size(_OP, "epochs", epochs, 1), maybe_size(_OP, "steps", steps, 1), seconds)
+
+    def reached(self, steps: int, seconds: float) -> bool:
+        """Whether to stop within an epoch."""
+        return (self.steps is not None and steps >= self.steps) or (
+            self.seconds is not None and seconds >= self.seconds
+        )
+
+
+@dataclass
+class Epoch:
+    """The epoch under way: which data it goes over, and its sums so far. How far it is, the compiled part knows."""
+
+    number: int = 0
+    data: int = 0
+    loss: float = 0.0
+    nll: float = 0.0
+    n_tokens: int = 0
+    all_tokens: int = 0
+    seconds: float = 0.0
+    lr: float = 0.0
+    grad_norm: float = 0.0
+
+    def add(self, result: "StepResult", tokens: int, seconds: float) -> None:
+        """Count a step."""
+        self.loss += result.loss * result.n_tokens
+        self.nll += result.nll * result.n_tokens
+        self.n_tokens += result.n_tokens
+        self.all_tokens += tokens
+        self.seconds += seconds
+        self.lr, self.grad_norm = result.lr, result.grad_norm
+
+
+class Plan:
+    """The steps of every epoch: groups of batches, a function of the data, the settings and the seed."""
+
+    def __init__(self, data: Pairs, max_tokens: int, accumulate: int, seed: int) -> None:
+        self.data, self.max_tokens, self.accumulate, self.seed = data, max_tokens, accumulate, seed
+        sizes = np.array([max_tokens, accumulate, len(data.src_lengths)])
+        self.key = zlib.crc32(b"".join(a.tobytes() for a in (sizes, data.src_lengths, data.tgt_lengths)))
+
+    def groups(self, epoch: int) -> list[list[Any]]:
+        """The batches of each step."""
+        data = self.data
+        batches = _core.batches(data.src_lengths, data.tgt_lengths, self.max_tokens, self.seed, epoch)
+        return [batches[i : i + self.accumulate] for i in range(0, len(batches), self.accumulate)]
+
+    def begin(self, trainer: "Trainer") -> tuple[int, int]:
+        """The epoch to go on with, counted from 0, and how many of its steps are done."""
+        epoch, done = trainer._core.place()
+        if done and (trainer._epoch.data != self.key or done >= len(self.groups(epoch))):
+            epoch, done = epoch + 1, 0
+        return epoch, done
+
+
+def fit(
+    trainer: "Trainer",
+    pairs: Any,
+    valid: Any,
+    limits: Limits,
+    max_tokens: Any,
+    accumulate: Any,
+    on_epoch: Any,
+    restore_best: bool,
+    progress: Any,
+) -> list[dict[str, Any]]:
+    """See ``Trainer.fit``."""
+    max_tokens, accumulate = as_size(_OP, "max_tokens", max_tokens, 1), as_size(_OP, "accumulate", accumulate, 1)
+    for name, call in (("on_epoch", on_epoch), ("progress", progress)):
+        if not (call is None or callable(call) or (name == "progress" and isinstance(call, bool))):
+            raise DTypeError(f"{_OP}: argument `{name}`: expected a function, got {type(call).__name__}")
+    core = trainer._core
+    plan = Plan(Pairs(_OP, "pairs", pairs, trainer.model.config), max_tokens, accumulate, trainer.seed)
+    held = None if valid is None else Pairs(_OP, "valid", valid, trainer.model.config)
+    for data in (plan.data, held):
+        if data is not None:
+            data.check(max_tokens)
+    epoch, done = plan.begin(trainer)
+    planned = _planned(trainer, limits, plan, epoch, done)
+
+    history: list[dict[str, Any]] = []
+    best: tuple[float, int, Any, Epoch] | None = None
+    steps, seconds, stop = 0, 0.0, False
+    with _Show(progress, planned, limits.seconds) as show:
+        while not stop:
+            groups = plan.groups(epoch)
+            if not done:
+                trainer._epoch = Epoch(epoch, plan.key)
+            while done < len(groups) and not stop:
+                start = time.perf_counter()
+                batches = [plan.data.batch(batch) for batch in groups[done]]
+                done += 1
+                result = trainer._step(batches, (epoch, done))
+                took = time.perf_counter() - start
+                tokens = sum(len(src) + len(tgt) for src, _, tgt, _ in batches)
+                trainer._epoch.add(result, tokens, took)
+                steps, seconds = steps + 1, seconds + took
+                show(result, tokens, seconds)
+                stop = limits.reached(steps, seconds)
+            record = _record(trainer, held, max_tokens)
+            history.append(record)
+            loss = record["valid_loss"]
+            if restore_best and loss is not None and (best is None or loss < best[0] or math.isnan(best[0])):
+                best = loss, core.step_count(), core.snapshot(), dataclasses.replace(trainer._epoch)
+            stop = bool(on_epoch is not None and on_epoch(trainer, record)) or stop or len(history) == limits.epochs
+            epoch, done = epoch + 1, 0
+    if best is not None and best[1] != core.step_count():
+        core.restore(best[2])
+        trainer._epoch = best[3]
+    return history
+
+
+def _planned(trainer: "Trainer", limits: Limits, plan: Plan, epoch: int, done: int) -> int | None:
+    """How many steps there will be, where that can be told; the schedule learns it."""
+    needs = isinstance(trainer.schedule, Cosine | Linear) and trainer.schedule.total is None
+    planned = limits.steps
+    if limits.epochs is not None:
+        # Epochs are of about the same length: near enough for the display.
+        counted = limits.epochs if needs else 1
+        in_epochs = sum(len(plan.groups(epoch + i)) for i in range(counted)) * limits.epochs // counted - done
+        planned = in_epochs if planned is None else min(planned, in_epochs)
+    if needs:
+        if planned is None:
+            name = type(trainer.schedule).__name__
+            raise ConfigError(f"{_OP}: the schedule {name} needs a number of steps; pass {name}(total=...) or steps=")
+        trainer._core.set_total(trainer.n_steps + planned)
+    return planned
+
+
+def _record(trainer: "Trainer", held: Pairs | None, max_tokens: int) -> dict[str, Any]:
+    epoch = trainer._epoch
+    evaluation = None if held is None else trainer._evaluate(held, max_tokens)
+    return {
+        "epoch": epoch.number + 1,
+        "step": trainer.n_steps,
+        "loss": epoch.loss / epoch.n_tokens,
+        "nll": epoch.nll / epoch.n_tokens,
+        "valid_loss": None if evaluation is None else evaluation.loss,
+        "valid_nll": None if evaluation is None else evaluation.nll,
+        "n_tokens": epoch.n_tokens,
+        "tokens_per_s": epoch.all_tokens / epoch.seconds,
+        "seconds": epoch.seconds,
+        "lr": epoch.lr,
+        "grad_norm": epoch.grad_norm,
+    }
+
+
+class _Show:
+    """A bar on a terminal, a plain line now and then elsewhere, on stderr; or a user's function."""
+
+    def __init__(self, progress: Any, planned: int | None, limit: float | None) -> None:
+        self.call = progress if callable(progress) else None
+        self.silent = progress is False or self.call is not None
+        self.planned, self.limit = planned, limit
+        self.steps, self.tokens, self.said = 0, 0, 0.0
+        self.bar: Any = None
+        if progress is True or (progress is None and sys.stderr is not None and sys.stderr.isatty()):
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                if progress is True:
+                    message = "progress=True needs tqdm: pip install 'transformer_rs[progress]'"
+                    raise ImportError(f"{_OP}: {message}") from None
+            else:
+                self.bar = tqdm(total=planned, unit=" steps", dynamic_ncols=True, file=sys.stderr)
+
+    def __enter__(self) -> "_Show":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def __call__(self, result: "StepResult", tokens: int, seconds: float) -> None:
+        if self.call is not None:
+            self.call(result)
+        if self.silent:
+            return
+        self.steps, self.tokens = self.steps + 1, self.tokens + tokens
+        total = self.planned
+        if self.limit is not None:
+            in_time = math.ceil(self.steps * max(1.0, self.limit / seconds))
+            total = in_time if total is None else min(total, in_time)
+        rate = f"{self.tokens / seconds:,.0f}"
+        if self.bar is not None:
+            self.bar.total = total
+            self.bar.set_postfix_str(f"loss {result.loss:.3f}, {rate} tokens/s", refresh=False)
+            self.bar.update()
+        elif seconds - self.said >= _LINE_EVERY and sys.stderr is not None:
+            self.said = seconds
+            left = (total or 0) - self.steps
+            more = f", {left * seconds / self.steps:,.0f} s left" if left > 0 else ""
+            line = f"step {result.step:,}: loss {result.loss:.4f} [{rate} tokens/s{more}]"
+            print(line, file=sys.stderr, flush=True)

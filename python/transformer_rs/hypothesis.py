@@ -1,0 +1,53 @@
+"""What decoding finds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._arrays import IntArray
+
+__all__ = ["Hypothesis"]
+
+
+@dataclass(frozen=True, eq=False)
+class Hypothesis:
+    """One thing a model may say for a source.
+
+    >>> import transformer_rs as tr
+    >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, n_decoder_layers=3, d_ff=32)
+    >>> best = tr.Transformer(config, seed=0).hypotheses([[3, 4, 5, 6]], max_len=2)[0][0]
+    >>> len(best.token_logprobs) == len(best.ids) + best.finished
+    True
+    >>> best.attention.shape == (3, 2, len(best.token_logprobs), 4)
+    True
+    """
+
+    ids: IntArray
+    """The tokens (T,), without BOS and EOS."""
+    score: float
+    """``sum(token_logprobs) / len(token_logprobs) ** length_penalty``."""
+    token_logprobs: NDArray[np.float32]
+    """The model's own log-probability of each token, EOS last if `finished`; natural logarithms."""
+    finished: bool
+    """Whether the model ended with EOS; otherwise ``max_len`` cut it off."""
+    _look: Callable[[], NDArray[np.float32]] = field(repr=False)
+
+    @cached_property
+    def attention(self) -> NDArray[np.float32]:
+        """Cross-attention (layers, H, len(token_logprobs), S): where in the source each token was read.
+
+        Computed when first read.
+
+        Raises:
+            ConfigError: The model's weights have changed since.
+        """
+        return self._look()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without the model, so with the attention."""
+        _ = self.attention
+        return {name: value for name, value in self.__dict__.items() if name != "_look"}

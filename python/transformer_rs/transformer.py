@@ -1,0 +1,496 @@
+"""The encoder-decoder Transformer, embeddings to logits: calling it, decoding, scoring, saving."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core, _torch
+from ._arrays import ArrayLike, Batch, FloatArray, Ids, IntArray, as_bool, as_float, as_ids, as_seed, as_size
+from ._sequences import same_batch, sources, targets
+from ._values import as_finite, maybe_size
+from .config import TransformerConfig
+from .errors import ConfigError, DTypeError, ShapeError, UnsupportedError
+from .hypothesis import Hypothesis
+
+__all__ = ["Attention", "Transformer"]
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Attention weights of one call, before dropout: in each field one entry per layer.
+
+    An entry is an array (B, H, L, M), zeros at padding, where queries and keys came as padded arrays; otherwise a list of
+    arrays (H, L_i, M_i).
+    """
+
+    encoder: list[Any]
+    """L and M are source positions."""
+    decoder: list[Any]
+    """L and M are target positions; a query sees none after its own."""
+    cross: list[Any]
+    """L are target positions, M source positions."""
+
+
+class Transformer:
+    """The model of "Attention Is All You Need" (Vaswani et al. 2017), whole: embeddings to logits.
+
+    Ids come as a list of sequences (ragged) or as an array (B, T) (padded); a trailing run of ``config.pad_id`` is
+    padding, unless ``..._lengths`` says what is real. Results come in the form of the input. Everything here is
+    evaluation; a ``Trainer`` trains. A model may be used from many threads at once.
+
+    Args:
+        config: What the model is made of.
+        seed: Decides the first weights; None draws a fresh one, kept in ``seed``.
+
+    Raises:
+        OutOfMemoryError: The weights do not fit into memory.
+
+    >>> import numpy as np
+    >>> import transformer_rs as tr
+    >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, d_ff=32)
+    >>> model = tr.Transformer(config, seed=0)
+    >>> tgt_in, tgt_out = model.shift([[3, 4], [5]])
+    >>> [ids.tolist() for ids in tgt_in]
+    [[1, 3, 4], [1, 5]]
+    >>> [logits.shape for logits in model([[3, 4, 5], [6]], tgt_in)]
+    [(3, 7), (2, 7)]
+    """
+
+    def __init__(self, config: TransformerConfig, *, seed: int | None = None) -> None:
+        if not isinstance(config, TransformerConfig):
+            message = f"expected a TransformerConfig, got {type(config).__name__}"
+            raise DTypeError(f"Transformer: argument `config`: {message}")
+        self._config = config
+        self._seed: int | None = as_seed("Transformer", seed)
+        self._core = _core.Transformer(config.to_json(), self._seed)
+
+    @classmethod
+    def _of(cls, core: _core.Transformer, seed: int | None = None) -> "Transformer":
+        model = cls.__new__(cls)
+        model._config, model._seed, model._core = TransformerConfig.from_json(core.config()), seed, core
+        return model
+
+    @property
+    def config(self) -> TransformerConfig:
+        """What the model is made of."""
+        return self._config
+
+    @property
+    def seed(self) -> int | None:
+        """What decided the first weights; None where they came from a file or from arrays."""
+        return self._seed
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers are trained; a tied matrix counts once."""
+        return sum(int(np.prod(shape)) for _, shape in self._core.parameters())
+
+    def shift(self, tgt: ArrayLike, *, lengths: ArrayLike | None = None) -> tuple[Any, Any]:
+        """Make what the decoder reads, BOS in front, and what it is to say, EOS at the end.
+
+        Args:
+            tgt: Plain targets, ragged or padded (B, T).
+            lengths: What is real of each row of a padded array.
+
+        Returns:
+            ``(tgt_in, tgt_out)``: two lists of int64 arrays, or two int64 arrays (B, T + 1).
+
+        Raises:
+            ShapeError: A target that holds BOS or EOS already.
+
+        >>> import numpy as np
+        >>> import transformer_rs as tr
+        >>> model = tr.Transformer(tr.TransformerConfig(src_vocab=9, tgt_vocab=9, d_model=16, n_heads=2, d_ff=32))
+        >>> tgt_in, tgt_out = model.shift(np.array([[3, 4], [5, 0]]))
+        >>> tgt_in.tolist(), tgt_out.tolist()
+        ([[1, 3, 4], [1, 5, 0]], [[3, 4, 2], [5, 2, 0]])
+        """
+        config = self._config
+        ids = targets("Transformer.shift", config, tgt, lengths, empty=True, lengths_name="lengths")
+        plain = ids.sequences()
+        tgt_in = [np.concatenate([[config.bos_id], sequence]) for sequence in plain]
+        tgt_out = [np.concatenate([sequence, [config.eos_id]]) for sequence in plain]
+        if ids.width is None:
+            return tgt_in, tgt_out
+        both = np.full((2, len(plain), ids.width + 1), config.pad_id or 0, np.int64)
+        both[:, np.arange(ids.width + 1) <= ids.lengths[:, None]] = [np.concatenate(tgt_in), np.concatenate(tgt_out)]
+        return both[0], both[1]
+
+    def __call__(
+        self,
+        src: ArrayLike,
+        tgt_in: ArrayLike,
+        *,
+        src_lengths: ArrayLike | None = None,
+        tgt_lengths: ArrayLike | None = None,
+        return_attention: bool = False,
+    ) -> Any:
+        """Compute the logits of every next token. A sequence's bits do not depend on what else is in the batch.
+
+        Args:
+            src: Source ids, ragged or padded (B, S).
+            tgt_in: What the decoder reads, ragged or padded (B, T), as it is: with BOS (see :meth:`shift`).
+            src_lengths: What is real of each source.
+            tgt_lengths: What is real of each target.
+            return_attention: Also give the attention weights; the logits keep their bits.
+
+        Returns:
+            Logits: a list of (T_i, V), or (B, T, V) with zeros at padding; with ``return_attention`` also an
+            :class:`Attention`.
+
+        Raises:
+            ShapeError: Batches that do not pair up, empty ones, padding inside a sequence.
+            TokenOutOfRangeError: An id outside its vocabulary.
+            DTypeError: Ids that are no integers.
+
+        >>> import numpy as np
+        >>> import transformer_rs as tr
+        >>> model = tr.Transformer(tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, d_ff=32))
+        >>> logits, attention = model([[3, 4, 5]], [[1, 3]], return_attention=True)
+        >>> logits[0].shape, attention.cross[0][0].shape
+        ((2, 7), (2, 2, 3))
+        """
+        op, config = "Transformer", self._config
+        one = sources(op, config, src, src_lengths)
+        other = as_ids(
+            op, "tgt_in", tgt_in, vocabulary=config.tgt_vocab, lengths=tgt_lengths, lengths_name="tgt_lengths",
+            pad_id=config.pad_id,
+        )  # fmt: skip
+        same_batch(op, one, other, "tgt_in")
+        logits, weights = self._core.forward(one.ids, one.lengths, other.ids, other.lengths, bool(return_attention))
+        if not return_attention:
+            return other.give_back(logits)
+        n = config.n_encoder_layers
+        return other.give_back(logits), Attention(
+            [self._weights(layer, one, one) for layer in weights[:n]],
+            [self._weights(layer, other, other) for layer in weights[n::2]],
+            [self._weights(layer, other, one) for layer in weights[n + 1 :: 2]],
+        )
+
+    def _weights(self, flat: NDArray[np.float32], queries: Batch, keys: Batch) -> Any:
+        """Weights of one layer, sequence after sequence, in the form of the input."""
+        heads = self._config.n_heads
+        sizes = heads * queries.lengths * keys.lengths
+        parts = [
+            part.reshape(heads, rows, columns)
+            for part, rows, columns in zip(
+                np.split(flat, np.cumsum(sizes)[:-1]), queries.lengths, keys.lengths, strict=True
+            )
+        ]
+        if queries.width is None or keys.width is None:
+            return parts
+        padded = np.zeros((len(parts), heads, queries.width, keys.width), np.float32)
+        for to, part in zip(padded, parts, strict=True):
+            to[:, : part.shape[1], : part.shape[2]] = part
+        return padded
+
+    def generate(
+        self,
+        src: ArrayLike,
+        *,
+        lengths: ArrayLike | None = None,
+        src_lengths: ArrayLike | None = None,
+        max_len: int | None = None,
+        min_len: int = 0,
+        beam: int = 1,
+        length_penalty: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stream: bool = False,
+    ) -> list[IntArray]:
+        """Say what the model finds likeliest, by greedy or beam search. The bits of a result depend on its source alone.
+
+        Args:
+            src: Source ids, ragged or padded (B, S).
+            lengths: What is real of each source; ``src_lengths`` is another name for it.
+            max_len: The most ids to return; None means ``2 * len(src_i) + 10``.
+            min_len: The fewest ids to return.
+            beam: Hypotheses kept alive; 1 is greedy. Ties go to the lowest id.
+            length_penalty: The power a in ``score = sum(log p) / n ** a``, n the number of tokens with EOS.
+            temperature, top_k, top_p, stream: Not available yet.
+
+        Returns:
+            A list of int64 arrays, without BOS and EOS.
+
+        Raises:
+            ConfigError: Settings outside their domain or against each other.
+            NonFiniteError: The logits are not finite.
+            UnsupportedError: Sampling or streaming.
+
+        >>> import transformer_rs as tr
+        >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, d_ff=32)
+        >>> model = tr.Transformer(config, seed=0)
+        >>> len(model.generate([[3, 4, 5], [6]], max_len=4))
+        2
+        """
+        op = "Transformer.generate"
+        _not_yet(op, temperature=temperature, top_k=top_k, top_p=top_p, stream=stream or None)
+        _, found = self._search(op, src, lengths, src_lengths, max_len, min_len, beam, 1, length_penalty)
+        return [best[0][0] for best in found]
+
+    def hypotheses(
+        self,
+        src: ArrayLike,
+        *,
+        n_best: int = 1,
+        lengths: ArrayLike | None = None,
+        src_lengths: ArrayLike | None = None,
+        max_len: int | None = None,
+        min_len: int = 0,
+        beam: int = 1,
+        length_penalty: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> list[list[Hypothesis]]:
+        """Say what the model finds likeliest, with scores and attention. See :meth:`generate` for the settings.
+
+        Args:
+            n_best: Hypotheses to return of each source, best first; at most ``beam``.
+
+        Returns:
+            For every source a list of :class:`Hypothesis`: ``n_best`` of them, or as many as there are.
+
+        >>> import transformer_rs as tr
+        >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, d_ff=32)
+        >>> model = tr.Transformer(config, seed=0)
+        >>> best = model.hypotheses([[3, 4, 5]], beam=3, n_best=2, max_len=4)[0]
+        >>> best[0].score >= best[1].score
+        True
+        """
+        op = "Transformer.hypotheses"
+        _not_yet(op, temperature=temperature, top_k=top_k, top_p=top_p)
+        source, found = self._search(op, src, lengths, src_lengths, max_len, min_len, beam, n_best, length_penalty)
+        version = self._core.version()
+        return [
+            [Hypothesis(*one, self._looks(ids, one[0], len(one[2]), version)) for one in best]
+            for ids, best in zip(source.sequences(), found, strict=True)
+        ]
+
+    def _search(
+        self,
+        op: str,
+        src: Any,
+        lengths: Any,
+        src_lengths: Any,
+        max_len: Any,
+        min_len: Any,
+        beam: Any,
+        n_best: Any,
+        a: Any,
+    ) -> tuple[Ids, list[list[tuple[IntArray, float, NDArray[np.float32], bool]]]]:
+        if lengths is not None and src_lengths is not None:
+            raise ConfigError(f"{op}: `lengths` and `src_lengths` are two names of one argument; pass one of them")
+        ids = sources(op, self._config, src, src_lengths if lengths is None else lengths)
+        return ids, self._core.hypotheses(
+            ids.ids,
+            ids.lengths,
+            maybe_size(op, "max_len", max_len, 1),
+            as_size(op, "min_len", min_len, 0),
+            as_size(op, "beam", beam, 1),
+            as_size(op, "n_best", n_best, 1),
+            as_finite(op, "length_penalty", a),
+        )
+
+    def _looks(self, source: IntArray, ids: IntArray, tokens: int, version: int) -> Any:
+        """Where the tokens of a hypothesis looked, computed when somebody asks."""
+
+        def attention() -> NDArray[np.float32]:
+            if self._core.version() != version:
+                remedy = "read it before the weights change"
+                raise ConfigError(f"Hypothesis.attention: the weights are not those that made it; {remedy}")
+            tgt_in = np.concatenate([[self._config.bos_id], ids])[:tokens]
+            lengths = np.array([len(source)]), np.array([tokens])
+            _, weights = self._core.forward(source, lengths[0], tgt_in, lengths[1], True)
+            cross = weights[self._config.n_encoder_layers + 1 :: 2]
+            return np.stack([layer.reshape(self._config.n_heads, tokens, len(source)) for layer in cross])
+
+        return attention
+
+    def score(
+        self,
+        src: ArrayLike,
+        tgt: ArrayLike,
+        *,
+        eos: bool | Sequence[bool] = True,
+        src_lengths: ArrayLike | None = None,
+        tgt_lengths: ArrayLike | None = None,
+    ) -> list[NDArray[np.float32]]:
+        """Give the model's own log-probability of each token of given targets.
+
+        Equal, bit for bit, to ``token_logprobs`` of a hypothesis with these ids, if ``eos`` is its ``finished``.
+
+        Args:
+            src: Source ids, ragged or padded (B, S).
+            tgt: Plain targets, ragged or padded (B, T); they may be empty.
+            eos: Whether a target ends here, so that EOS is scored too, as the last entry: for all, or for each.
+
+        Returns:
+            A list of f32 arrays (T_i,), or (T_i + 1,) with EOS; natural logarithms.
+
+        Raises:
+            ShapeError: Batches that do not pair up; a target that holds BOS or EOS.
+
+        >>> import transformer_rs as tr
+        >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, d_ff=32)
+        >>> model = tr.Transformer(config, seed=0)
+        >>> [scores.shape for scores in model.score([[3, 4, 5]], [[3, 4]])]
+        [(3,)]
+        """
+        op, config = "Transformer.score", self._config
+        one, other = sources(op, config, src, src_lengths), targets(op, config, tgt, tgt_lengths, empty=True)
+        same_batch(op, one, other)
+        ends = as_bool(op, "eos", eos)
+        if ends.shape not in ((), other.lengths.shape):
+            message = f"expected one bool for all or {len(other.lengths)}, got shape {ends.shape}"
+            raise ShapeError(f"{op}: argument `eos`: {message}")
+        ends = np.broadcast_to(ends, other.lengths.shape)
+        flat = self._core.score(one.ids, one.lengths, other.ids, other.lengths, ends.tolist())
+        return np.split(flat, np.cumsum(other.lengths + ends)[:-1])
+
+    def state_dict(self) -> dict[str, NDArray[np.float32]]:
+        """Give a copy of every parameter and statistic by name.
+
+        >>> import transformer_rs as tr
+        >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, d_ff=32)
+        >>> tr.Transformer(config, seed=0).state_dict()["head.weight"].shape
+        (7, 16)
+        """
+        return self._core.state_dict()
+
+    def load_state_dict(self, arrays: Mapping[str, ArrayLike]) -> None:
+        """Overwrite every parameter and statistic, all or nothing.
+
+        Args:
+            arrays: Arrays of real numbers by name, as :meth:`state_dict` gives them. A tied matrix may come under each of
+                its names, with equal values.
+
+        Raises:
+            CheckpointError: Arrays that are missing, unexpected or of another shape: all are listed.
+            DTypeError: Arrays that hold no real numbers.
+        """
+        op = "Transformer.load_state_dict"
+        if not isinstance(arrays, Mapping):
+            raise DTypeError(f"{op}: argument `arrays`: expected arrays by name, got {type(arrays).__name__}")
+        self._core.load_state_dict({str(name): as_float(op, f"arrays[{name!r}]", a) for name, a in arrays.items()})
+
+    def save(self, folder: "str | os.PathLike[str]") -> None:
+        """Write ``config.json`` and ``model.safetensors`` into a folder, which is made if need be: whole or not at all,
+        whenever the process is killed. Other files stay as they are.
+
+        Raises:
+            StorageError: The file system refused.
+
+        >>> import tempfile
+        >>> import transformer_rs as tr
+        >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, d_ff=32)
+        >>> model = tr.Transformer(config, seed=0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save(folder)
+        ...     tr.Transformer.load(folder).config == config
+        True
+        """
+        self._core.save(os.fspath(folder))
+
+    @classmethod
+    def load(cls, folder: "str | os.PathLike[str]") -> "Transformer":
+        """Read a model that :meth:`save` or ``Trainer.save`` wrote.
+
+        Raises:
+            CheckpointError: Files that are damaged, or that do not fit each other.
+            StorageError: The file system refused.
+        """
+        return cls._of(_core.Transformer.load(os.fspath(folder)))
+
+    @classmethod
+    def from_torch(
+        cls,
+        state: Mapping[str, ArrayLike],
+        config: TransformerConfig,
+        *,
+        transformer: str = "transformer",
+        src_embedding: str = "src",
+        tgt_embedding: str = "tgt",
+        head: str = "head",
+        src_positions: str | None = None,
+        tgt_positions: str | None = None,
+        ignore: Sequence[str] = ("*.pe",),
+    ) -> "Transformer":
+        """Make a model from the ``state_dict`` of a PyTorch module with a ``torch.nn.Transformer`` inside.
+
+        Args:
+            state: Arrays by name; no PyTorch needed: ``{k: v.numpy() for k, v in module.state_dict().items()}``.
+            config: What the model is made of; ``final_norm`` is set from the names in `state`.
+            transformer, src_embedding, tgt_embedding, head, src_positions, tgt_positions: Names of the modules.
+            ignore: Patterns of names to pass over.
+
+        Raises:
+            CheckpointError: Arrays that are missing, unexpected or of another shape: all are listed.
+            ConfigError: A config that ``torch.nn.Transformer`` has no counterpart for.
+        """
+        op = "Transformer.from_torch"
+        modules = _torch.Modules(transformer, src_embedding, tgt_embedding, head, src_positions, tgt_positions)
+        arrays = _torch.without(state, ignore)
+        model = cls(_torch.config_of(op, config, arrays, modules), seed=0)
+        model._seed = None
+        model._core.load_state_dict(_torch.names(op, model._core, modules).ours(op, arrays))
+        return model
+
+    def to_torch(
+        self,
+        arrays: Mapping[str, ArrayLike] | None = None,
+        *,
+        transformer: str = "transformer",
+        src_embedding: str = "src",
+        tgt_embedding: str = "tgt",
+        head: str = "head",
+        src_positions: str | None = None,
+        tgt_positions: str | None = None,
+    ) -> dict[str, FloatArray]:
+        """Give weights, or gradients, under PyTorch's names and in its shapes: the inverse of :meth:`from_torch`.
+
+        Args:
+            arrays: Arrays by our names, such as gradients; None means the model's weights. Of what PyTorch keeps in one
+                array (query, key and value) all parts or none must be there.
+            transformer, src_embedding, tgt_embedding, head, src_positions, tgt_positions: Names of the modules.
+
+        >>> import transformer_rs as tr
+        >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, d_ff=32)
+        >>> model = tr.Transformer(config, seed=0)
+        >>> state = model.to_torch()
+        >>> state["transformer.encoder.layers.0.self_attn.in_proj_weight"].shape
+        (48, 16)
+        >>> again = tr.Transformer.from_torch(state, config).state_dict()
+        >>> all((again[name] == array).all() for name, array in model.state_dict().items())
+        True
+        """
+        op = "Transformer.to_torch"
+        modules = _torch.Modules(transformer, src_embedding, tgt_embedding, head, src_positions, tgt_positions)
+        _torch.check(op, self._config, modules)
+        return _torch.names(op, self._core, modules).theirs(op, self.state_dict() if arrays is None else arrays)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the config and the weights."""
+        return _revive, (self._config, self._seed, self.state_dict())
+
+    def __repr__(self) -> str:
+        return f"<Transformer with {self.num_parameters:,} parameters, {self._config}>"
+
+
+def _revive(config: TransformerConfig, seed: int | None, state: dict[str, Any]) -> Transformer:
+    model = Transformer(config, seed=0)
+    model._seed = seed
+    model._core.load_state_dict(state)
+    return model
+
+
+def _not_yet(op: str, **settings: Any) -> None:
+    for name, value in settings.items():
+        if value is not None:
+            what = "streaming" if name == "stream" else "sampling"
+            raise UnsupportedError(f"{op}: argument `{name}`: {what} is not available yet; leave it out")

@@ -1,0 +1,97 @@
+//! Optimisers for layers, and what checks the settings of training.
+
+use crate::arrays::read_named;
+use crate::door;
+use crate::errors::raise;
+use crate::layer::Layer;
+use crate::transformer::patiently;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use serde::de::DeserializeOwned;
+use std::sync::Mutex;
+use transformer_core::checkpoint::NamedArray;
+use transformer_core::error::Error;
+use transformer_core::tape::Grads;
+use transformer_core::threads::uninterrupted;
+use transformer_core::train::{self, Optimizer, Schedule, finite_norm, set_gradients};
+
+/// The moments of one layer, made when it is updated for the first time.
+#[pyclass(frozen, module = "transformer_rs._core")]
+pub struct OptimizerState {
+    optimizer: Optimizer,
+    no_decay: Vec<String>,
+    state: Mutex<Option<(train::OptimizerState, Grads<f32>)>>,
+}
+
+#[pymethods]
+impl OptimizerState {
+    #[new]
+    fn new(settings: &str, no_decay: Vec<String>) -> PyResult<Self> {
+        Ok(OptimizerState { optimizer: optimizer(settings)?, no_decay, state: Mutex::new(None) })
+    }
+
+    /// One step on the weights of a layer.
+    fn update(&self, py: Python<'_>, layer: &Layer, arrays: &Bound<'_, PyDict>, lr: f64) -> PyResult<()> {
+        let given = read_named::<f32>(arrays)?;
+        door::run(py, || {
+            let arrays: Vec<NamedArray<'_>> =
+                given.iter().map(|(name, shape, values)| (name.as_str(), &shape[..], &values[..])).collect();
+            let mut weights = patiently(|| layer.weights.try_write())?;
+            let mut state = patiently(|| self.state.try_lock())?;
+            let params = &mut weights.params;
+            let (state, grads) = match &mut *state {
+                Some(known) => known,
+                empty => {
+                    let grads = Grads::new(params)?;
+                    let state = train::OptimizerState::new(&self.optimizer, &self.no_decay, params, &grads)?;
+                    empty.insert((state, grads))
+                }
+            };
+            grads.reset();
+            set_gradients(params, grads, &arrays)?;
+            finite_norm("update", params, grads)?;
+            uninterrupted(|| state.update(&self.optimizer, params, grads, lr, 1.0))
+        })
+    }
+}
+
+fn parse<T: DeserializeOwned>(what: &str, json: &str) -> PyResult<T> {
+    serde_json::from_str(json).map_err(|error| raise(Error::Config(format!("{what}: {error}"))))
+}
+
+fn optimizer(json: &str) -> PyResult<Optimizer> {
+    let optimizer: Optimizer = parse("optimizer", json)?;
+    optimizer.validate().map_err(raise)?;
+    Ok(optimizer)
+}
+
+fn schedule(json: &str) -> PyResult<Schedule> {
+    let schedule: Schedule = parse("schedule", json)?;
+    schedule.validate().map_err(raise)?;
+    Ok(schedule)
+}
+
+/// Refuses settings outside their domain.
+#[pyfunction]
+pub fn check_optimizer(settings: &str) -> PyResult<()> {
+    optimizer(settings).map(|_| ())
+}
+
+/// Refuses settings outside their domain.
+#[pyfunction]
+pub fn check_schedule(settings: &str) -> PyResult<()> {
+    schedule(settings).map(|_| ())
+}
+
+/// The factor of a step, counted from 1.
+#[pyfunction]
+#[pyo3(signature = (settings, step, total))]
+pub fn schedule_factor(settings: &str, step: u64, total: Option<u64>) -> PyResult<f64> {
+    schedule(settings)?.factor(step, total).map_err(raise)
+}
+
+/// The peak of the paper's schedule.
+#[pyfunction]
+pub fn paper_lr(d_model: usize, warmup: u64) -> f64 {
+    train::paper_lr(d_model, warmup)
+}

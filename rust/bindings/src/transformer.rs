@@ -1,0 +1,319 @@
+//! The Transformer: weights that calls read together and training writes alone.
+
+use crate::arrays::{named_arrays, read_named, to_array, token_ids, with_slice};
+use crate::door;
+use crate::errors::{ShapeError, raise};
+use crate::pools::Home;
+use numpy::{PyArray1, PyArrayDyn, PyArrayMethods};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, TryLockError};
+use std::time::Duration;
+use transformer_core::checkpoint::{self, Checkpoint, NamedArray};
+use transformer_core::error::{Error, Result};
+use transformer_core::generate::{GenerateOptions, hypotheses};
+use transformer_core::models::{self, Batch, TransformerConfig};
+use transformer_core::rows::Rows;
+use transformer_core::tape::{AttentionWeights, Params, Pool, Tape};
+use transformer_core::threads;
+
+/// What `model_type` says in `config.json`.
+const MODEL_TYPE: &str = "transformer";
+
+/// Takes a lock as soon as it is free. Called inside [`door::run`]: Ctrl-C ends the wait.
+pub fn patiently<G>(attempt: impl Fn() -> Result<G, TryLockError<G>>) -> Result<G> {
+    loop {
+        match attempt() {
+            Ok(guard) => return Ok(guard),
+            // What is written under a lock is written by steps that are whole or not done.
+            Err(TryLockError::Poisoned(poisoned)) => return Ok(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => {
+                threads::parallel(1, |_| ())?; // asks whether to stop
+                std::thread::sleep(Duration::from_micros(100));
+            }
+        }
+    }
+}
+
+/// A model, shared by its Python object and its trainers.
+pub struct Model {
+    pub layers: models::Transformer,
+    params: RwLock<Params<f32>>,
+    /// Held while waiting for `params`: a writer in wait is overtaken by no reader.
+    queue: Mutex<()>,
+    /// Held by a training step from its forward pass to its update, so that the steps of two trainers do not mix.
+    training: Mutex<()>,
+    home: Home<f32>,
+}
+
+impl Model {
+    fn new(layers: models::Transformer, params: Params<f32>) -> Arc<Self> {
+        let (queue, training) = Default::default();
+        Arc::new(Model { layers, params: RwLock::new(params), queue, training, home: Home::of_layer() })
+    }
+
+    /// Reads the weights, beside any number of others.
+    pub fn read<R>(&self, work: impl FnOnce(&Params<f32>) -> Result<R>) -> Result<R> {
+        let queue = patiently(|| self.queue.try_lock())?;
+        let params = patiently(|| self.params.try_read())?;
+        drop(queue);
+        work(&params)
+    }
+
+    /// Writes the weights, alone.
+    pub fn write<R>(&self, work: impl FnOnce(&mut Params<f32>) -> Result<R>) -> Result<R> {
+        let queue = patiently(|| self.queue.try_lock())?;
+        let mut params = patiently(|| self.params.try_write())?;
+        drop(queue);
+        work(&mut params)
+    }
+
+    /// Keeps others from writing while the guard lives.
+    pub fn alone(&self) -> Result<MutexGuard<'_, ()>> {
+        patiently(|| self.training.try_lock())
+    }
+
+    /// Reads the weights, with a pool of buffers.
+    fn with_pool<R>(&self, work: impl FnOnce(&Params<f32>, &mut Pool<f32>) -> Result<R>) -> Result<R> {
+        self.read(|params| {
+            let mut pool = self.home.take();
+            let result = work(params, &mut pool);
+            self.home.give(pool);
+            result
+        })
+    }
+
+    /// An evaluation that records nothing.
+    fn evaluate<R>(&self, work: impl FnOnce(&mut Tape<f32>, &Params<f32>) -> Result<R>) -> Result<R> {
+        self.with_pool(|params, pool| {
+            let mut tape = Tape::evaluation(std::mem::take(pool));
+            let result = work(&mut tape, params);
+            *pool = tape.into_pool();
+            result
+        })
+    }
+
+    /// The config as JSON, and the name of the kind, as they stand in a checkpoint.
+    pub fn about(&self) -> (String, &'static str) {
+        (self.layers.config().to_json(), MODEL_TYPE)
+    }
+
+    /// Reads the model of a folder.
+    pub fn open(folder: &Path) -> Result<(Arc<Self>, Checkpoint)> {
+        let mut checkpoint = Checkpoint::open(folder)?;
+        let place = folder.display();
+        if checkpoint.model_type() != MODEL_TYPE {
+            let found = checkpoint.model_type();
+            return Err(Error::Checkpoint(format!("{place}: expected a model_type of {MODEL_TYPE:?}, got {found:?}")));
+        }
+        let config = TransformerConfig::from_json(checkpoint.config_json())
+            .map_err(|error| Error::Checkpoint(format!("{place}: {error}")))?;
+        let layers = models::Transformer::new(config)?;
+        let params = Params::init(layers.layout().clone(), 0)?;
+        let model = Model::new(layers, params);
+        model.write(|params| checkpoint.load_into(params, model.layers.aliases()))?;
+        Ok((model, checkpoint))
+    }
+}
+
+/// Sequences of ids from Python: packed, and where they lie.
+pub struct Sequences {
+    pub ids: Vec<u32>,
+    pub lengths: Vec<usize>,
+}
+
+impl Sequences {
+    /// Reads ids (R,) and lengths (B,).
+    pub fn read(ids: &Bound<'_, PyArray1<i64>>, lengths: &Bound<'_, PyArray1<i64>>) -> PyResult<Self> {
+        let ids = token_ids(ids)?;
+        let lengths = with_slice(lengths.to_dyn(), |lengths| {
+            Ok(lengths.iter().map(|&n| usize::try_from(n).unwrap_or(usize::MAX)).collect::<Vec<_>>())
+        })?;
+        if lengths.iter().try_fold(0usize, |sum, &n| sum.checked_add(n)) != Some(ids.len()) {
+            return Err(ShapeError::new_err(format!("lengths: their sum is not the number of ids, {}", ids.len())));
+        }
+        Ok(Sequences { ids, lengths })
+    }
+
+    /// Where the sequences lie.
+    pub fn rows(&self) -> Rows {
+        Rows::from_lengths(&self.lengths)
+    }
+
+    /// The ids of each sequence.
+    pub fn iter(&self) -> impl Iterator<Item = &[u32]> {
+        let mut rest = self.ids.as_slice();
+        self.lengths.iter().map(move |&n| {
+            let (sequence, after) = rest.split_at(n);
+            rest = after;
+            sequence
+        })
+    }
+}
+
+type Ids<'py> = Bound<'py, PyArray1<i64>>;
+type Array<'py> = Bound<'py, PyArrayDyn<f32>>;
+/// `(ids, score, token_logprobs, finished)`
+type Found<'py> = (Ids<'py>, f64, Array<'py>, bool);
+
+/// The model of "Attention Is All You Need", whole.
+#[pyclass(frozen, module = "transformer_rs._core")]
+pub struct Transformer {
+    pub model: Arc<Model>,
+}
+
+#[pymethods]
+impl Transformer {
+    #[new]
+    fn new(py: Python<'_>, config: &str, seed: u64) -> PyResult<Self> {
+        let config = TransformerConfig::from_json(config).map_err(raise)?;
+        let model = door::run(py, || {
+            let layers = models::Transformer::new(config)?;
+            let params = Params::init(layers.layout().clone(), seed)?;
+            Ok(Model::new(layers, params))
+        })?;
+        Ok(Transformer { model })
+    }
+
+    #[staticmethod]
+    fn load(py: Python<'_>, folder: PathBuf) -> PyResult<Self> {
+        let (model, _) = door::run(py, || Model::open(&folder))?;
+        Ok(Transformer { model })
+    }
+
+    fn save(&self, py: Python<'_>, folder: PathBuf) -> PyResult<()> {
+        let (config, kind) = self.model.about();
+        door::run(py, || self.model.read(|params| checkpoint::save_model(&folder, &config, kind, params)))
+    }
+
+    fn config(&self) -> String {
+        self.model.layers.config().to_json()
+    }
+
+    fn parameters(&self) -> Vec<(String, Vec<usize>)> {
+        let layout = self.model.layers.layout();
+        layout.ids().map(|id| layout.entry(id)).map(|entry| (entry.name.clone(), entry.shape.clone())).collect()
+    }
+
+    fn aliases(&self) -> Vec<(&'static str, &'static str)> {
+        self.model.layers.aliases().to_vec()
+    }
+
+    fn version(&self, py: Python<'_>) -> PyResult<u64> {
+        door::run(py, || self.model.read(|params| Ok(params.version())))
+    }
+
+    fn state_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let arrays = door::run(py, || {
+            self.model.read(|params| {
+                let copy = |(name, shape, values): NamedArray| (name.to_owned(), shape.to_vec(), values.to_vec());
+                Ok(checkpoint::state_dict(params).into_iter().map(copy).collect::<Vec<_>>())
+            })
+        })?;
+        named_arrays(py, arrays)
+    }
+
+    fn load_state_dict(&self, py: Python<'_>, arrays: &Bound<'_, PyDict>) -> PyResult<()> {
+        let given = read_named::<f32>(arrays)?;
+        door::run(py, || {
+            let _alone = self.model.alone()?;
+            let arrays: Vec<NamedArray> =
+                given.iter().map(|(name, shape, values)| (name.as_str(), &shape[..], &values[..])).collect();
+            self.model.write(|params| checkpoint::load_state(params, &arrays, self.model.layers.aliases()))
+        })
+    }
+
+    /// Logits (R, V) and, if asked for, the attention weights of every call, flat.
+    fn forward<'py>(
+        &self,
+        py: Python<'py>,
+        src: &Ids<'py>,
+        src_lengths: &Ids<'py>,
+        tgt_in: &Ids<'py>,
+        tgt_lengths: &Ids<'py>,
+        attention: bool,
+    ) -> PyResult<(Array<'py>, Vec<Array<'py>>)> {
+        let (src, tgt) = (Sequences::read(src, src_lengths)?, Sequences::read(tgt_in, tgt_lengths)?);
+        let layers = &self.model.layers;
+        let (logits, shape, weights) = door::run(py, || {
+            self.model.evaluate(|tape, params| {
+                if attention {
+                    tape.collect_attention();
+                }
+                let (src_rows, tgt_rows) = (src.rows(), tgt.rows());
+                let memory = layers.encode(tape, params, &src.ids, &src_rows)?;
+                let hidden = layers.decode(tape, params, &tgt.ids, &tgt_rows, memory, &src_rows)?;
+                let logits = layers.logits(tape, params, hidden)?;
+                let logits = tape.value(logits)?;
+                let (values, shape) = (logits.to_vec(), [logits.rows(), logits.cols()]);
+                Ok((values, shape, tape.take_attention()))
+            })
+        })?;
+        let flat = |w: AttentionWeights<f32>| {
+            let len = w.values.len();
+            to_array(py, w.values, &[len])
+        };
+        Ok((to_array(py, logits, &shape)?, weights.into_iter().map(flat).collect::<PyResult<_>>()?))
+    }
+
+    /// The log-probability of every target token; where `eos` says so, of EOS after it.
+    fn score<'py>(
+        &self,
+        py: Python<'py>,
+        src: &Ids<'py>,
+        src_lengths: &Ids<'py>,
+        tgt: &Ids<'py>,
+        tgt_lengths: &Ids<'py>,
+        eos: Vec<bool>,
+    ) -> PyResult<Array<'py>> {
+        let (src, tgt) = (Sequences::read(src, src_lengths)?, Sequences::read(tgt, tgt_lengths)?);
+        let config = self.model.layers.config();
+        let (mut tgt_in, mut tgt_out, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
+        for (sequence, &eos) in tgt.iter().zip(&eos) {
+            let end: &[u32] = if eos { &[config.eos_id] } else { &[] };
+            let out = [sequence, end].concat();
+            tgt_in.extend([config.bos_id].iter().chain(sequence).take(out.len()));
+            lengths.push(out.len());
+            tgt_out.extend(out);
+        }
+        let (src_rows, tgt_rows) = (src.rows(), Rows::from_lengths(&lengths));
+        let batch = Batch { src: src.ids, src_rows, tgt_in, tgt_out, tgt_rows };
+        let scores =
+            door::run(py, || self.model.evaluate(|tape, params| self.model.layers.score(tape, params, &batch)))?;
+        let n = scores.len();
+        to_array(py, scores, &[n])
+    }
+
+    /// The best hypotheses of every source.
+    fn hypotheses<'py>(
+        &self,
+        py: Python<'py>,
+        src: &Ids<'py>,
+        src_lengths: &Ids<'py>,
+        max_len: Option<usize>,
+        min_len: usize,
+        beam: usize,
+        n_best: usize,
+        length_penalty: f64,
+    ) -> PyResult<Vec<Vec<Found<'py>>>> {
+        let src = Sequences::read(src, src_lengths)?;
+        let options = GenerateOptions { max_len, min_len, beam, n_best, length_penalty, attention: false };
+        let found = door::run(py, || {
+            self.model
+                .with_pool(|params, pool| hypotheses(&self.model.layers, pool, params, &src.ids, &src.rows(), &options))
+        })?;
+        let give = |h: transformer_core::generate::Hypothesis| {
+            let ids = PyArray1::from_iter(py, h.ids.iter().map(|&id| i64::from(id)));
+            let n = h.token_logprobs.len();
+            Ok((ids, h.score, to_array(py, h.token_logprobs, &[n])?, h.finished))
+        };
+        found.into_iter().map(|best| best.into_iter().map(give).collect()).collect()
+    }
+}
+
+/// Checks a config given as JSON and gives it back as the engine reads it.
+#[pyfunction]
+pub fn check_config(config: &str) -> PyResult<String> {
+    Ok(TransformerConfig::from_json(config).map_err(raise)?.to_json())
+}

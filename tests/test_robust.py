@@ -1,0 +1,276 @@
+"""Ctrl-C, fork, and many threads at once."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import numpy as np
+import pytest
+
+import transformer_rs as tr
+
+START = """
+import _thread, os, signal, sys, threading, time
+import numpy as np
+import transformer_rs as tr
+def model_of(d=64, layers=2, dropout=0.1, vocabulary=40):
+    config = tr.TransformerConfig(src_vocab=vocabulary, tgt_vocab=vocabulary, d_model=d, n_heads=4, n_encoder_layers=layers,
+                                  n_decoder_layers=layers, d_ff=4 * d, dropout=dropout)
+    return tr.Transformer(config, seed=0)
+def press(after):
+    sent = []
+    def wait():
+        time.sleep(after)
+        sent.append(time.perf_counter())
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=wait, daemon=True).start()
+    return sent
+"""
+
+
+def python(code):
+    """Run a program of its own: signals and forks are not for the tests' own process."""
+    code = START + textwrap.dedent(code)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def model_of(**values):
+    small = {"d_model": 32, "n_heads": 2, "n_encoder_layers": 1, "n_decoder_layers": 1, "d_ff": 64, "dropout": 0.1}
+    return tr.Transformer(tr.TransformerConfig(**{"src_vocab": 20, "tgt_vocab": 20, **small, **values}), seed=0)
+
+
+class TestInterrupt:
+    """Back within half a second, measured from the signal; the model is usable and nothing is half done."""
+
+    def test_in_fit(self):
+        late = python("""
+            def run(interrupted):
+                trainer = tr.Trainer(model_of(), seed=0)
+                pairs = [(ids, ids[::-1]) for ids in np.random.default_rng(0).integers(3, 40, (400, 12))]
+                seen = []
+                if interrupted:
+                    sent = press(1.0)
+                    try:
+                        trainer.fit(pairs, epochs=10**6, max_tokens=600, progress=False)
+                    except KeyboardInterrupt:
+                        late = time.perf_counter() - sent[0]
+                    trainer.fit(pairs, steps=2, max_tokens=600, progress=False)
+                    return trainer, late
+                trainer.fit(pairs, steps=interrupted_at, max_tokens=600, progress=False)
+                return trainer, None
+            one, late = run(True)
+            interrupted_at = one.n_steps
+            other, _ = run(False)
+            for name, array in one.model.state_dict().items():
+                assert np.array_equal(array, other.model.state_dict()[name]), name
+            print(late)
+        """)
+        assert float(late) < 0.5
+
+    def test_in_one_long_step(self):
+        late = python("""
+            trainer = tr.Trainer(model_of(d=256, layers=3), seed=0)
+            ids = np.random.default_rng(0).integers(3, 40, (200, 100))
+            before = trainer.model.state_dict()
+            sent = press(0.3)
+            try:
+                trainer.step(ids, ids)
+                sys.exit("too quick to tell")
+            except KeyboardInterrupt:
+                late = time.perf_counter() - sent[0]
+            assert trainer.n_steps == 0
+            for name, array in trainer.model.state_dict().items():
+                assert np.array_equal(array, before[name])
+            assert trainer.step(ids[:1, :3], ids[:1, :3]).step == 1
+            print(late)
+        """)
+        assert float(late) < 0.5
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            "generate(ids, max_len=4000)",
+            "hypotheses(ids, beam=5, max_len=4000)",
+            "score(ids, ids)",
+            "__call__(ids, ids)",
+        ],
+    )
+    def test_in_evaluation(self, call):
+        late = python(f"""
+            model = model_of(d=256, layers=4, dropout=0.0)
+            state = model.state_dict()
+            state["head.bias"][2] = -1e9  # EOS is never said
+            model.load_state_dict(state)
+            ids = np.random.default_rng(0).integers(3, 40, (300, 100))
+            before = model.generate(ids[:2, :4], max_len=3)
+            sent = press(0.3)
+            try:
+                model.{call}
+                sys.exit("too quick to tell")
+            except KeyboardInterrupt:
+                late = time.perf_counter() - sent[0]
+            after = model.generate(ids[:2, :4], max_len=3)
+            assert all((a == b).all() for a, b in zip(before, after))
+            print(late)
+        """)
+        assert float(late) < 0.5
+
+    def test_a_handler_of_the_user_runs_and_its_exception_comes_out(self):
+        assert (
+            python("""
+            class Stop(Exception): pass
+            def handler(*_): raise Stop
+            signal.signal(signal.SIGINT, handler)
+            model = model_of(d=128, layers=3)
+            state = model.state_dict()
+            state["head.bias"][2] = -1e9
+            model.load_state_dict(state)
+            press(0.3)
+            try:
+                model.generate(np.full((200, 50), 5), max_len=4000)
+            except Stop:
+                print("stopped")
+        """)
+            == "stopped"
+        )
+
+    def test_while_waiting_for_another_thread(self):
+        """Two threads want one trainer: who waits can be interrupted."""
+        late = python("""
+            trainer = tr.Trainer(model_of(d=256, layers=3), seed=0)
+            ids = np.random.default_rng(0).integers(3, 40, (60, 100))
+            other = threading.Thread(target=trainer.step, args=(ids, ids))
+            other.start()
+            time.sleep(0.2)
+            sent = press(0.3)
+            try:
+                trainer.step(ids[:1], ids[:1])
+            except KeyboardInterrupt:
+                late = time.perf_counter() - sent[0]
+            other.join()
+            assert trainer.n_steps == 1
+            print(late)
+        """)
+        assert float(late) < 0.5
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_fork_after_use():
+    """Parent and child compute on, each with its own threads, and say the same."""
+    assert (
+        python("""
+        model = model_of(dropout=0.0)
+        ids = np.random.default_rng(0).integers(3, 40, (50, 20))
+        trainer = tr.Trainer(model, seed=0)
+        trainer.step(ids, ids)
+        expected = model(ids, ids)
+        children = []
+        for _ in range(3):
+            child = os.fork()
+            if child == 0:
+                same = np.array_equal(model(ids, ids), expected)
+                trainer.step(ids, ids)
+                said = model.generate(ids[:3], max_len=5)
+                os._exit(0 if same and len(said) == 3 and trainer.n_steps == 2 else 1)
+            children.append(child)
+        assert np.array_equal(model(ids, ids), expected)
+        codes = [os.waitpid(child, 0)[1] for child in children]
+        print(codes)
+    """)
+        == "[0, 0, 0]"
+    )
+
+
+def together(n, work):
+    """Run work(i) on n threads; what one of them raises comes out."""
+    errors, results = [], [None] * n
+
+    def run(i):
+        try:
+            results[i] = work(i)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results
+
+
+def test_eight_threads_on_one_model():
+    model = model_of()
+    sources = [[[3 + (i + j) % 15 for j in range(4 + i)]] for i in range(8)]
+    expected = [(model(s, s)[0], model.generate(s, max_len=8)[0], model.score(s, s)[0]) for s in sources]
+
+    def work(i):
+        for _ in range(10):
+            s = sources[i]
+            got = model(s, s)[0], model.generate(s, max_len=8)[0], model.score(s, s)[0]
+            assert all(np.array_equal(a, b) for a, b in zip(got, expected[i], strict=True))
+
+    together(8, work)
+
+
+def test_reading_while_training():
+    """Readers see the weights of one step or of another, never a mixture; training ends as it does alone."""
+    alone, model = model_of(), model_of()
+    source = [[3, 4, 5, 6]]
+    seen = {model.score(source, source)[0].tobytes()}
+    reference = tr.Trainer(alone, seed=0)
+    for _ in range(15):
+        reference.step(source, source)
+        seen.add(alone.score(source, source)[0].tobytes())
+    trainer, done = tr.Trainer(model, seed=0), threading.Event()
+
+    def work(i):
+        if i == 0:
+            try:
+                for _ in range(15):
+                    trainer.step(source, source)
+            finally:
+                done.set()
+        while not done.is_set():
+            assert model.score(source, source)[0].tobytes() in seen
+            model.state_dict()
+
+    together(4, work)
+    for name, array in model.state_dict().items():
+        assert np.array_equal(array, alone.state_dict()[name])
+
+
+def test_two_trainers_at_once_take_turns():
+    """Steps do not mix: two trainers that train different parts, as many steps as they were asked for."""
+    model = model_of()
+    trainers = [tr.Trainer(model, freeze=(f"{part}.*",), seed=0) for part in ("encoder", "decoder")]
+
+    def work(i):
+        for _ in range(10):
+            assert np.isfinite(trainers[i].step([[3, 4]], [[5]]).loss)
+
+    together(2, work)
+    assert [trainer.n_steps for trainer in trainers] == [10, 10]
+
+
+def test_threads_of_one_trainer_take_turns():
+    trainer = tr.Trainer(model_of(), seed=0)
+    steps = together(4, lambda i: [trainer.step([[3, 4]], [[5]]).step for _ in range(5)])
+    assert sorted(itertools.chain(*steps)) == list(range(1, 21))
+
+
+def test_no_bits_of_the_callers_state_change():
+    before, handler = np.geterr(), signal.getsignal(signal.SIGINT)
+    rng = np.random.get_state()[1].copy()  # noqa: NPY002
+    tr.Trainer(model_of(), seed=0).fit([([3], [4])] * 4, epochs=2, progress=False)
+    assert np.geterr() == before and signal.getsignal(signal.SIGINT) is handler
+    assert np.array_equal(np.random.get_state()[1], rng)  # noqa: NPY002
