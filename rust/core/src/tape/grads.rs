@@ -7,8 +7,8 @@ use crate::kernels::Beta;
 use crate::simd::{Buffer, Float};
 use std::ops::Range;
 
-/// The gradient of the *summed* loss; 1 / count and the clip scale are applied by the optimiser pass, so that
-/// accumulation over micro-batches is a plain sum.
+/// The gradient of the *summed* loss, so that accumulation over micro-batches is a plain sum; the trainer divides by the
+/// number of tokens once, when all are in.
 #[derive(Debug)]
 pub struct Grads<T> {
     data: Buffer<T>,

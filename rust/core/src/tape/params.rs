@@ -3,6 +3,7 @@
 use crate::error::Result;
 use crate::rng::Key;
 use crate::simd::{Buffer, Float};
+use crate::threads::{GRAIN, for_each};
 use crate::{bail, ensure};
 use std::collections::HashMap;
 use std::ops::Range;
@@ -180,15 +181,28 @@ pub struct Params<T> {
 impl<T: Float> Params<T> {
     /// Fresh parameters. Each is drawn by its own name, so that layers never start as copies of one another.
     pub fn init(layout: Arc<Layout>, seed: u64) -> Result<Self> {
-        let mut data = Buffer::zeroed(layout.len())?;
-        let mut stats = Buffer::zeroed(layout.stats_len())?;
-        for e in &layout.params {
-            let key = Key::new(seed).fold_name(&e.name);
-            fill(&mut data[e.range.clone()], &e.shape, e.init, key);
+        let mut params = Self::zeros(layout)?;
+        let Params { layout, data, stats, .. } = &mut params;
+        for (arena, entries) in [(data, &layout.params), (stats, &layout.stats)] {
+            let mut tasks = Vec::new();
+            let (mut rest, mut at) = (&mut arena[..], 0);
+            for e in entries {
+                let (_, from_here) = std::mem::take(&mut rest).split_at_mut(e.range.start - at);
+                let (values, after) = from_here.split_at_mut(e.range.len());
+                (rest, at) = (after, e.range.end);
+                if e.init != Init::Constant(0.0) {
+                    let key = Key::new(seed).fold_name(&e.name);
+                    tasks.extend(values.chunks_mut(GRAIN).enumerate().map(|(i, part)| (part, i * GRAIN, e, key)));
+                }
+            }
+            for_each(tasks.into_iter(), |(part, first, e, key)| fill(part, first, &e.shape, e.init, key))?;
         }
-        for e in &layout.stats {
-            fill(&mut stats[e.range.clone()], &e.shape, e.init, Key::new(seed));
-        }
+        Ok(params)
+    }
+
+    /// Parameters of zero, for values that come from elsewhere.
+    pub fn zeros(layout: Arc<Layout>) -> Result<Self> {
+        let (data, stats) = (Buffer::zeroed(layout.len())?, Buffer::zeroed(layout.stats_len())?);
         let trainable = vec![true; layout.params.len()];
         Ok(Params { layout, data, stats, trainable, version: 0 })
     }
@@ -285,10 +299,8 @@ impl<T: Float> Params<T> {
     }
 }
 
-fn fill<T: Float>(to: &mut [T], shape: &[usize], init: Init, key: Key) {
-    if init == Init::Constant(0.0) {
-        return; // buffers start as zeros
-    }
+/// Draws the elements `first..` of a parameter: a value is a function of its number.
+fn fill<T: Float>(to: &mut [T], first: usize, shape: &[usize], init: Init, key: Key) {
     let draw: &dyn Fn(u64) -> f64 = match init {
         Init::Constant(c) => &move |_| c,
         Init::Normal { std } => &move |i| std * key.normal(i),
@@ -297,7 +309,7 @@ fn fill<T: Float>(to: &mut [T], shape: &[usize], init: Init, key: Key) {
             &move |i| bound * (2.0 * key.uniform(i) - 1.0)
         }
     };
-    to.iter_mut().enumerate().for_each(|(i, x)| *x = T::from_f64(draw(i as u64)));
+    to.iter_mut().zip(first as u64..).for_each(|(x, i)| *x = T::from_f64(draw(i)));
 }
 
 #[cfg(test)]
@@ -335,6 +347,20 @@ mod tests {
         let bias = b.param(".bias", &[2], Init::Constant(0.0));
         let layout = b.finish();
         assert_eq!([weight, bias].map(|id| layout.entry(id).name.as_str()), ["weight", "bias"]);
+    }
+
+    #[test]
+    fn a_value_is_a_function_of_its_number_whatever_the_threads_and_tasks() {
+        let mut b = Builder::new();
+        b.param("small", &[3], Init::Constant(0.0));
+        b.param("large", &[5, GRAIN], Init::Normal { std: 2.0 });
+        let layout = Arc::new(b.finish());
+        let key = Key::new(7).fold_name("large");
+        for n in [1, 3] {
+            let params = crate::threads::with_local_limit(n, || Params::<f64>::init(layout.clone(), 7)).unwrap();
+            let values = params.get(layout.find("large").unwrap());
+            assert!(values.iter().zip(0..).all(|(&x, i)| x == 2.0 * key.normal(i)));
+        }
     }
 
     #[test]
