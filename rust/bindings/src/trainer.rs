@@ -209,7 +209,9 @@ impl Trainer {
             state.trainer.discard(last);
         }
         // Another trainer of this model may have other parameters frozen.
-        self.model.write(|params| state.trainer.claim(params))?;
+        if !self.model.read(|params| Ok(state.trainer.has_claimed(params)))? {
+            self.model.write(|params| state.trainer.claim(params))?;
+        }
         let (result, gradients) =
             self.model.read(|params| state.trainer.gradients(&self.model.layers, params, batches))?;
         Ok((alone, gradients, result))

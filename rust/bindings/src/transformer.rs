@@ -110,7 +110,7 @@ impl Model {
         let config = TransformerConfig::from_json(checkpoint.config_json())
             .map_err(|error| Error::Checkpoint(format!("{place}: {error}")))?;
         let layers = models::Transformer::new(config)?;
-        let params = Params::init(layers.layout().clone(), 0)?;
+        let params = Params::zeros(layers.layout().clone())?;
         let model = Model::new(layers, params);
         model.write(|params| checkpoint.load_into(params, model.layers.aliases()))?;
         Ok((model, checkpoint))

@@ -319,6 +319,12 @@ impl Trainer {
         self.grads = Some(gradients.grads);
     }
 
+    /// Whether the model's frozen parameters are those of this trainer.
+    pub fn has_claimed(&self, params: &Params<f32>) -> bool {
+        let layout = params.layout();
+        layout.ids().all(|id| params.is_trainable(id) != pattern::any(&self.config.freeze, &layout.entry(id).name))
+    }
+
     /// Makes this trainer's frozen parameters those of the model: another trainer may have others.
     pub fn claim(&self, params: &mut Params<f32>) -> Result<()> {
         freeze(&self.config, params)
