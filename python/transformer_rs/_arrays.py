@@ -100,6 +100,12 @@ def check_range(op: str, name: str, ids: IntArray, vocabulary: int, rows: str = 
         raise TokenOutOfRangeError(f"{op}: argument `{name}`: {message} (0 to {vocabulary - 1})")
 
 
+def cut(rows: NDArray[Any], lengths: NDArray[Any]) -> list[NDArray[Any]]:
+    """Rows that lie one after the other, as one array for each length."""
+    ends = np.cumsum(lengths).tolist()
+    return [rows[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
 @dataclass(frozen=True)
 class Batch:
     """Where the sequences of a batch lie among packed rows, and how the user wants results back."""
@@ -122,7 +128,7 @@ class Batch:
     def give_back(self, rows: NDArray[Any]) -> Any:
         """Packed rows (R, ...) as a list of (T_i, ...) or as a padded array (B, T, ...) with zeros at padding."""
         if self.width is None:
-            return np.split(rows, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
+            return cut(rows, self.lengths)
         padded = np.zeros((*self.shape, *rows.shape[1:]), rows.dtype)
         padded[self.keep] = rows
         return padded
@@ -137,7 +143,7 @@ class Ids(Batch):
 
     def sequences(self) -> list[IntArray]:
         """The ids of each sequence."""
-        return np.split(self.ids, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
+        return cut(self.ids, self.lengths)
 
 
 def is_list(value: Any) -> bool:
@@ -207,6 +213,8 @@ def as_ids(
 
 
 def _sequence(op: str, name: str, i: int, sequence: Any) -> IntArray:
+    if type(sequence) is np.ndarray and sequence.ndim == 1 and sequence.dtype == np.int64:
+        return sequence  # what most callers pass, many of them
     if isinstance(sequence, int | np.integer) and not isinstance(sequence, bool):
         raise ShapeError(f"{op}: argument `{name}`: expected a list of sequences, got a list of ids; pass [ids]")
     ids = as_ints(op, f"{name}[{i}]", sequence)
