@@ -15,6 +15,8 @@ import transformer_rs as tr
 
 GOLDEN = Path(__file__).parent / "golden"
 Arrays = dict[str, np.ndarray[Any, Any]]
+# PyTorch says so about its own encoder, which we build as users do.
+pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
 
 MODELS = {
     "post_relu": {"norm_first": False, "activation": "relu", "bias": True, "head_bias": True},
