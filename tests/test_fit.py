@@ -288,6 +288,28 @@ class TestResume:
         assert other.n_steps == one.n_steps
         assert_same(one, other)
 
+    @pytest.mark.parametrize("where", ["on_epoch", "progress"])
+    def test_a_checkpoint_of_a_callback_goes_on_from_there(self, tmp_path, where):
+        trainer = trainer_of()
+
+        def save(*_):
+            if trainer.n_steps <= 11:
+                trainer.save(tmp_path)
+
+        fit(trainer, steps=16, valid=VALID, restore_best=False, **{where: save})
+        again = tr.Trainer.load(tmp_path)
+        assert 0 < again.n_steps <= 11
+        fit(again, steps=16 - again.n_steps)
+        assert_same(trainer, again)
+
+    def test_a_trainer_fits_once_at_a_time(self):
+        trainer = trainer_of()
+        with pytest.raises(tr.ConfigError, match="fitting already"):
+            fit(trainer, steps=3, progress=lambda result: fit(trainer, steps=1))
+        assert trainer.n_steps == 1
+        fit(trainer, steps=2)
+        assert trainer.n_steps == 3
+
     def test_other_data_begin_an_epoch(self):
         trainer = trainer_of()
         fit(trainer, steps=2)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,7 +24,12 @@ __all__ = ["Evaluation", "StepResult", "Trainer"]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did."""
+    """What a step did.
+
+    >>> import transformer_rs as tr
+    >>> tr.StepResult(loss=2.5, nll=2.25, n_tokens=10, grad_norm=1.0, lr=1e-3, step=1).nll
+    2.25
+    """
 
     loss: float
     """What is minimised, per target token; EOS is one."""
@@ -41,7 +47,12 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Losses in evaluation mode."""
+    """Losses in evaluation mode.
+
+    >>> import transformer_rs as tr
+    >>> tr.Evaluation(loss=2.5, nll=2.25, n_tokens=10).n_tokens
+    10
+    """
 
     loss: float
     """What training minimises, per target token; EOS is one."""
@@ -116,7 +127,7 @@ class Trainer:
         }
         self._settings: dict[str, Any] = settings
         self._core = _core.Trainer(model._core, as_json(op, settings))
-        self._epoch = fitting.Epoch()
+        self._epoch, self._fitting = fitting.Epoch(), threading.Lock()
 
     @property
     def model(self) -> Transformer:
@@ -218,6 +229,14 @@ class Trainer:
         Raises:
             ShapeError: Names or shapes that are not those of the trained parameters: all are listed.
             NonFiniteError: NaN or infinity in a gradient; nothing was changed.
+
+        >>> import transformer_rs as tr
+        >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=9, d_model=16, n_heads=2, d_ff=32)
+        >>> trainer = tr.Trainer(tr.Transformer(config, seed=0), seed=0)
+        >>> _, grads = trainer.gradients([[3, 4, 5]], [[5, 4, 3]])
+        >>> trainer.apply({name: 0.5 * array for name, array in grads.items()})
+        >>> trainer.n_steps
+        1
         """
         op = "Trainer.apply"
         if not isinstance(grads, Mapping):
@@ -299,13 +318,28 @@ class Trainer:
         ([1, 2, 3], True)
         """
         limits = fitting.Limits.of(epochs, steps, minutes)
-        return fitting.fit(self, pairs, valid, limits, max_tokens, accumulate, on_epoch, restore_best, progress)
+        if not self._fitting.acquire(blocking=False):
+            raise ConfigError("Trainer.fit: this trainer is fitting already; use another trainer, or wait")
+        try:
+            return fitting.fit(self, pairs, valid, limits, max_tokens, accumulate, on_epoch, restore_best, progress)
+        finally:
+            self._fitting.release()
 
     def save(self, folder: "str | os.PathLike[str]") -> None:
         """Write the model as ``Transformer.save`` does, and beside it what training needs to go on bit for bit.
 
         Raises:
             StorageError: The file system refused.
+
+        >>> import os
+        >>> import tempfile
+        >>> import transformer_rs as tr
+        >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=9, d_model=16, n_heads=2, d_ff=32)
+        >>> trainer = tr.Trainer(tr.Transformer(config, seed=0), seed=0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trainer.save(folder)
+        ...     sorted(os.listdir(folder))
+        ['config.json', 'model.safetensors', 'trainer-0.safetensors']
         """
         self._core.save(os.fspath(folder), as_json("Trainer.save", dataclasses.asdict(self._epoch)))
 
@@ -336,7 +370,7 @@ class Trainer:
         trainer._model = Transformer._of(model)
         trainer._optimizer = _optimizer(settings["optimizer"], tuple(settings["no_decay"]))
         trainer._schedule = _schedule(settings["schedule"])
-        trainer._epoch = fitting.Epoch(**json.loads(epoch)) if epoch else fitting.Epoch()
+        trainer._epoch, trainer._fitting = fitting.Epoch(**json.loads(epoch)), threading.Lock()
         return trainer
 
     def __repr__(self) -> str:

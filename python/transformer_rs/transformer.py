@@ -9,14 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core, _torch
-from ._arrays import ArrayLike, Batch, FloatArray, Ids, IntArray, as_bool, as_float, as_ids, as_seed, as_size
+from ._arrays import ArrayLike, Batch, FloatArray, Ids, IntArray, as_bool, as_float, as_ids, as_seed, as_size, cut
 from ._sequences import same_batch, sources, targets
 from ._values import as_finite, maybe_size
 from .config import TransformerConfig
-from .errors import ConfigError, DTypeError, ShapeError, UnsupportedError
+from .errors import ConfigError, DTypeError, ShapeError, TransformerRsError, UnsupportedError
 from .hypothesis import Hypothesis
 
 __all__ = ["Attention", "Transformer"]
+
+# Hypotheses that are decoded side by side: more would be no faster, and their caches fill the memory.
+_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +28,12 @@ class Attention:
 
     An entry is an array (B, H, L, M), zeros at padding, where queries and keys came as padded arrays; otherwise a list of
     arrays (H, L_i, M_i).
+
+    >>> import transformer_rs as tr
+    >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, n_decoder_layers=3, d_ff=32)
+    >>> _, attention = tr.Transformer(config, seed=0)([[3, 4, 5]], [[1, 3]], return_attention=True)
+    >>> len(attention.cross), attention.cross[0][0].shape, attention.decoder[0][0].shape
+    (3, (2, 2, 3), (2, 2, 2))
     """
 
     encoder: list[Any]
@@ -177,9 +186,7 @@ class Transformer:
         sizes = heads * queries.lengths * keys.lengths
         parts = [
             part.reshape(heads, rows, columns)
-            for part, rows, columns in zip(
-                np.split(flat, np.cumsum(sizes)[:-1]), queries.lengths, keys.lengths, strict=True
-            )
+            for part, rows, columns in zip(cut(flat, sizes), queries.lengths, keys.lengths, strict=True)
         ]
         if queries.width is None or keys.width is None:
             return parts
@@ -265,8 +272,8 @@ class Transformer:
         """
         op = "Transformer.hypotheses"
         _not_yet(op, temperature=temperature, top_k=top_k, top_p=top_p)
-        source, found = self._search(op, src, lengths, src_lengths, max_len, min_len, beam, n_best, length_penalty)
         version = self._core.version()
+        source, found = self._search(op, src, lengths, src_lengths, max_len, min_len, beam, n_best, length_penalty)
         return [
             [Hypothesis(*one, self._looks(ids, one[0], len(one[2]), version)) for one in best]
             for ids, best in zip(source.sequences(), found, strict=True)
@@ -287,15 +294,24 @@ class Transformer:
         if lengths is not None and src_lengths is not None:
             raise ConfigError(f"{op}: `lengths` and `src_lengths` are two names of one argument; pass one of them")
         ids = sources(op, self._config, src, src_lengths if lengths is None else lengths)
-        return ids, self._core.hypotheses(
-            ids.ids,
-            ids.lengths,
+        settings = (
             maybe_size(op, "max_len", max_len, 1),
             as_size(op, "min_len", min_len, 0),
             as_size(op, "beam", beam, 1),
             as_size(op, "n_best", n_best, 1),
             as_finite(op, "length_penalty", a),
         )
+        found: list[list[tuple[IntArray, float, NDArray[np.float32], bool]]] = []
+        sequences, step = ids.sequences(), max(1, _AT_ONCE // settings[2])
+        for start in range(0, len(sequences), step):
+            part = slice(start, start + step)
+            try:
+                found += self._core.hypotheses(np.concatenate(sequences[part]), ids.lengths[part], *settings)
+            except TransformerRsError as error:
+                if start:
+                    raise type(error)(f"{error} (counted from source {start})") from None
+                raise
+        return ids, found
 
     def _looks(self, source: IntArray, ids: IntArray, tokens: int, version: int) -> Any:
         """Where the tokens of a hypothesis looked, computed when somebody asks."""
@@ -351,7 +367,7 @@ class Transformer:
             raise ShapeError(f"{op}: argument `eos`: {message}")
         ends = np.broadcast_to(ends, other.lengths.shape)
         flat = self._core.score(one.ids, one.lengths, other.ids, other.lengths, ends.tolist())
-        return np.split(flat, np.cumsum(other.lengths + ends)[:-1])
+        return cut(flat, other.lengths + ends)
 
     def state_dict(self) -> dict[str, NDArray[np.float32]]:
         """Give a copy of every parameter and statistic by name.
@@ -373,6 +389,13 @@ class Transformer:
         Raises:
             CheckpointError: Arrays that are missing, unexpected or of another shape: all are listed.
             DTypeError: Arrays that hold no real numbers.
+
+        >>> import transformer_rs as tr
+        >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, d_ff=32)
+        >>> one, other = tr.Transformer(config, seed=0), tr.Transformer(config, seed=1)
+        >>> other.load_state_dict(one.state_dict())
+        >>> bool((other([[3]], [[1]])[0] == one([[3]], [[1]])[0]).all())
+        True
         """
         op = "Transformer.load_state_dict"
         if not isinstance(arrays, Mapping):
@@ -404,6 +427,12 @@ class Transformer:
         Raises:
             CheckpointError: Files that are damaged, or that do not fit each other.
             StorageError: The file system refused.
+
+        >>> import transformer_rs as tr
+        >>> tr.Transformer.load("no/such/folder")
+        Traceback (most recent call last):
+            ...
+        transformer_rs.errors.StorageError: no/such/folder/model.safetensors: No such file or directory (os error 2)
         """
         return cls._of(_core.Transformer.load(os.fspath(folder)))
 
@@ -432,6 +461,15 @@ class Transformer:
         Raises:
             CheckpointError: Arrays that are missing, unexpected or of another shape: all are listed.
             ConfigError: A config that ``torch.nn.Transformer`` has no counterpart for.
+
+        >>> import numpy as np
+        >>> import transformer_rs as tr
+        >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, d_ff=32, n_encoder_layers=1,
+        ...     n_decoder_layers=1, norm_first=False)
+        >>> state = tr.Transformer(config, seed=0).to_torch()
+        >>> state["positions.pe"] = np.zeros((1, 50, 16), np.float32)  # passed over
+        >>> tr.Transformer.from_torch(state, config).config.final_norm
+        False
         """
         op = "Transformer.from_torch"
         modules = _torch.Modules(transformer, src_embedding, tgt_embedding, head, src_positions, tgt_positions)
