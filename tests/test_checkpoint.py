@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -252,6 +253,45 @@ class TestRefusingFolders:
         assert not [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a limit on the size of files")
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    """Files may not grow beyond 20 kB: the write fails half-way, as on a disk that is full."""
+    code = """
+import resource, signal, sys
+import numpy as np
+import transformer_rs as tr
+config = tr.TransformerConfig(src_vocab=9, tgt_vocab=9, d_model=64, n_heads=2, n_encoder_layers=1, n_decoder_layers=1, d_ff=256)
+trainer = tr.Trainer(tr.Transformer(config, seed=0), seed=0)
+trainer.save(sys.argv[1])
+old = trainer.model.state_dict()
+trainer.step([[3]], [[4]])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+for save in (trainer.save, trainer.model.save):
+    try:
+        save(sys.argv[1])
+        sys.exit("it was saved")
+    except tr.StorageError as error:
+        print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+again = tr.Trainer.load(sys.argv[1])
+assert again.n_steps == 0
+assert all(np.array_equal(array, old[name]) for name, array in again.model.state_dict().items())
+assert trainer.step([[3]], [[4]]).step == 2
+trainer.save(sys.argv[1])
+assert tr.Trainer.load(sys.argv[1]).n_steps == 2
+"""
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("File too large") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "trainer-2.safetensors",
+    ]
+
+
 def test_kill_during_save_leaves_one_whole_checkpoint(tmp_path):
     """Killed at any moment, the folder holds a model and a trainer of the same step."""
     code = """
@@ -264,8 +304,6 @@ while True:
     trainer.save(sys.argv[1])
     print(trainer.n_steps, flush=True)
 """
-    import time
-
     reached = 0
     for attempt in range(6):
         process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
