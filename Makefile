@@ -56,7 +56,7 @@ bench: $(STAMPS)/package $(STAMPS)/torch ## Time the training steps beside PyTor
 
 dist: $(STAMPS)/tools ## Build wheel and sdist into dist/ and prove that both install with NumPy alone
 	rm -rf dist
-	$(BIN)/maturin build --release --locked --sdist --compatibility manylinux2014 --out dist
+	$(BIN)/maturin build --release --locked --sdist --out dist
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/auditwheel show dist/*.whl
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/check_dist.py dist
