@@ -238,6 +238,8 @@ macro_rules! kernel {
         ($s:ident: $S:ident; $($arg:ident: $ty:ty),* $(,)?) $(-> $R:ty)? $body:block
     ) => {
         $(#[$meta])*
+        // One copy in the whole program: a generic function that may be inlined is compiled again in every crate.
+        #[inline(never)]
         $vis fn $name<$($life,)* $T: $crate::simd::Float $(, $G: $bound)*>($($arg: $ty),*) $(-> $R)? {
             struct Run<$($life,)* $T: $crate::simd::Float $(, $G: $bound)*> {
                 $($arg: $ty,)*
