@@ -86,11 +86,11 @@ const SERIAL_BELOW: usize = 1 << 20;
 /// A task has at least so many multiply-adds: some ten microseconds.
 const TASK: usize = 1 << 18;
 /// Rows and columns of a task at most: its part of A and of C stay in the L2 cache.
-const TASK_ROWS: usize = 192;
-const TASK_COLS: usize = 256;
+const TASK_ROWS: usize = 96;
+const TASK_COLS: usize = 512;
 /// Numbers of B packed at a time, half a MiB of f32, which stay in the L2 cache, and columns of it; the same for A,
 /// whose slab is read once for each slab of B.
-const SLAB_B: usize = 1 << 17;
+const SLAB_B: usize = 1 << 18;
 const SLAB_COLS: usize = 512;
 const SLAB_A: usize = 1 << 19;
 const SLAB_ROWS: usize = 2048;

@@ -7,7 +7,7 @@ use crate::simd::{Float, Simd, prefetch};
 
 /// Depth of a block along K: its panel of B (KC · NR numbers) stays in the L1 cache while the rows of A pass by. No bit
 /// depends on it, because the accumulators of a later block start from C.
-pub(super) const KC: usize = 256;
+pub(super) const KC: usize = 512;
 
 /// Where a tile finds its operands. Strides are in elements; a row of A is contiguous. Nothing is read or written outside
 /// of the tile's `rows` x `k`, `k` x `cols` and `rows` x `cols` elements.
