@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::kernels::Beta;
 use crate::kernels::activation::{self as curves, activation_backward};
 use crate::kernels::elementwise::multiple;
-use crate::kernels::gemm::{self, Affine, Identity, Mat, MatMut, NoEpilogue};
+use crate::kernels::gemm::{self, Affine, Identity, Mat, MatMut, NoEpilogue, Rhs};
 use crate::kernels::reduce::{fold_partials, partial_rows, sum_blocks};
 use crate::simd::Float;
 use crate::tape::{Backward, Operation, ParamId, Params, Pool, Tape, Tensor, Var};
@@ -55,7 +55,13 @@ fn affine<T: Float>(
     let wanted = tape.wants(params, &[x], weights) || tape.wants(params, &[], biases);
     let mut y = tape.pool.tensor(rows, o)?;
     let b = (!biases.is_empty()).then(|| params.group(biases));
-    product(&mut y, matrix(tape.value(x)?)?, params.group(weights), b, kind)?;
+    // Few rows do not pay for packing the weight again; a pass that records is soon followed by another weight.
+    let packed = (!tape.is_recording() && rows <= FEW_ROWS).then(|| params.packed(weights, o, d)).transpose()?;
+    let w = match &packed {
+        Some(packed) => Rhs::Packed(packed),
+        None => transposed(params.group(weights), o, d)?,
+    };
+    product(&mut y, matrix(tape.value(x)?)?, w, b, kind)?;
     let y = tape.push(y, wanted);
     if wanted {
         let relu = kind.map(|_| y);
@@ -94,6 +100,14 @@ fn check<T: Float>(params: &Params<T>, d: usize, weights: &[ParamId], biases: &[
     Ok(widths)
 }
 
+/// Rows of a step of decoding, mostly.
+const FEW_ROWS: usize = 64;
+
+/// Wᵀ of a weight (out, in), where it lies.
+pub(super) fn transposed<T: Float>(w: &[T], outputs: usize, inputs: usize) -> Result<Rhs<'_, T>> {
+    Ok(Mat::new(w, outputs, inputs)?.t().into())
+}
+
 pub(super) fn matrix<T: Float>(x: &Tensor<T>) -> Result<Mat<'_, T>> {
     Mat::new(x, x.rows(), x.cols())
 }
@@ -102,21 +116,21 @@ pub(super) fn matrix<T: Float>(x: &Tensor<T>) -> Result<Mat<'_, T>> {
 pub(super) fn product<T: Float>(
     y: &mut Tensor<T>,
     x: Mat<T>,
-    w: &[T],
+    w: Rhs<T>,
     bias: Option<&[T]>,
     kind: Option<Activation>,
 ) -> Result<()> {
     fn run<T: Float, A: gemm::Activation<T>>(
         y: MatMut<T>,
         x: Mat<T>,
-        w: Mat<T>,
+        w: Rhs<T>,
         bias: Option<&[T]>,
         f: A,
     ) -> Result<()> {
         gemm::gemm(y, x, w, Beta::Assign, &Affine { bias, activation: f, residual: None })
     }
-    let ((rows, d), o) = (x.shape(), y.cols());
-    let (y, w) = (MatMut::new(y, rows, o)?, Mat::new(w, o, d)?.t());
+    let (rows, o) = (x.shape().0, y.cols());
+    let y = MatMut::new(y, rows, o)?;
     match kind {
         None if bias.is_none() => gemm::gemm(y, x, w, Beta::Assign, &NoEpilogue),
         None => run(y, x, w, bias, Identity),
@@ -264,6 +278,23 @@ mod tests {
             let columns = together.y.chunks(51).flat_map(|row| &row[first..first + width]);
             assert!(columns.eq(&alone.y));
             first += width;
+        }
+    }
+
+    #[test]
+    fn a_packed_weight_gives_the_same_bits_and_follows_the_values() {
+        let (mut params, w, b) = group::<f32>(37, &[5, 30]);
+        let x = [testing::normal(9, 37, 1)];
+        let forward = |tape: &mut Tape<f32>, params: &Params<f32>, x: &[Var]| linear(tape, params, x[0], &w, &b);
+        for _ in 0..2 {
+            let recorded = testing::run(&params, &x, None, forward).unwrap();
+            for _ in 0..2 {
+                let mut tape = Tape::evaluation(Pool::default());
+                let x = tape.constant(testing::normal(9, 37, 1));
+                let y = forward(&mut tape, &params, &[x]).unwrap();
+                assert_eq!(tape.value(y).unwrap()[..], recorded.y);
+            }
+            params.set(w[1], &[0.5; 30 * 37]).unwrap();
         }
     }
 

@@ -1,13 +1,14 @@
 //! Parameters by name in one flat arena.
 
 use crate::error::Result;
+use crate::kernels::gemm::{Mat, PackedRhs};
 use crate::rng::Key;
 use crate::simd::{Buffer, Float};
 use crate::threads::{GRAIN, for_each};
 use crate::{bail, ensure};
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// A parameter: an index into its layout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -176,7 +177,11 @@ pub struct Params<T> {
     stats: Buffer<T>,
     trainable: Vec<bool>,
     version: u64,
+    packed: Mutex<Packed<T>>,
 }
+
+/// Weights in the order in which products of few rows read them, by where they begin and how long they are.
+type Packed<T> = HashMap<(usize, usize), Arc<PackedRhs<T>>>;
 
 impl<T: Float> Params<T> {
     /// Fresh parameters. Each is drawn by its own name, so that layers never start as copies of one another.
@@ -204,7 +209,7 @@ impl<T: Float> Params<T> {
     pub fn zeros(layout: Arc<Layout>) -> Result<Self> {
         let (data, stats) = (Buffer::zeroed(layout.len())?, Buffer::zeroed(layout.stats_len())?);
         let trainable = vec![true; layout.params.len()];
-        Ok(Params { layout, data, stats, trainable, version: 0 })
+        Ok(Params { layout, data, stats, trainable, version: 0, packed: Mutex::default() })
     }
 
     /// The same parameters in another precision, for gradient checks.
@@ -220,6 +225,7 @@ impl<T: Float> Params<T> {
             stats: convert(&self.stats)?,
             trainable: self.trainable.clone(),
             version: self.version,
+            packed: Mutex::default(),
         })
     }
 
@@ -244,6 +250,27 @@ impl<T: Float> Params<T> {
         }
     }
 
+    /// The transpose of a weight, or of a group of them, packed for products with few rows: once for each version of the
+    /// values, at the price of a copy.
+    pub fn packed(&self, ids: &[ParamId], rows: usize, cols: usize) -> Result<Arc<PackedRhs<T>>> {
+        let weight = self.group(ids);
+        let start = ids.first().map_or(0, |&id| self.layout.entry(id).range.start);
+        let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (start, weight.len());
+        if let Some(found) = packed.get(&key) {
+            return Ok(found.clone());
+        }
+        let new = Arc::new(PackedRhs::new(Mat::new(weight, rows, cols)?.t())?);
+        packed.insert(key, new.clone());
+        Ok(new)
+    }
+
+    /// The values change.
+    fn touch(&mut self) {
+        self.version += 1;
+        self.packed.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
     /// Overwrites a parameter.
     pub fn set(&mut self, id: ParamId, values: &[T]) -> Result<()> {
         let entry = self.layout.entry(id);
@@ -257,7 +284,7 @@ impl<T: Float> Params<T> {
             values.len()
         );
         self.data[entry.range.clone()].copy_from_slice(values);
-        self.version += 1;
+        self.touch();
         Ok(())
     }
 
@@ -279,7 +306,7 @@ impl<T: Float> Params<T> {
 
     /// The whole arena, for the optimiser pass; whoever asks is about to change it.
     pub fn arena_mut(&mut self) -> &mut [T] {
-        self.version += 1;
+        self.touch();
         &mut self.data
     }
 
