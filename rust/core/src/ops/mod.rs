@@ -54,4 +54,6 @@ fn constant_row<T: Float>(pool: &mut Pool<T>, cols: usize, value: T) -> Result<T
 }
 
 #[cfg(test)]
+mod accuracy;
+#[cfg(test)]
 mod testing;

@@ -30,7 +30,7 @@ pub struct Outcome<T> {
 
 impl<T: Float> Outcome<T> {
     /// Value and gradients, one after the other.
-    fn parts(self) -> Vec<Vec<f64>> {
+    pub fn parts(self) -> Vec<Vec<f64>> {
         let gradients = self.dinputs.into_iter().chain(self.dparams).map(|gradient| gradient.expect("a gradient"));
         std::iter::once(self.y).chain(gradients).map(|part| part.iter().map(|x| x.to_f64()).collect()).collect()
     }
