@@ -54,9 +54,9 @@ golden: $(STAMPS)/tools $(STAMPS)/torch ## Write tests/golden anew from PyTorch 
 bench: $(STAMPS)/package $(STAMPS)/torch ## Time the training steps beside PyTorch
 	$(BIN)/python benches/vs_torch.py $(ARGS)
 
-dist: $(STAMPS)/tools ## Build wheel and sdist into dist/ and prove that both install with NumPy alone
+dist: $(STAMPS)/dist-tools ## Build wheel (any Linux since 2014) and sdist into dist/ and prove that both install with NumPy alone
 	rm -rf dist
-	$(BIN)/maturin build --release --locked --sdist --out dist
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/maturin build --release --locked --zig --compatibility manylinux2014 --sdist --out dist
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/auditwheel show dist/*.whl
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/check_dist.py dist
@@ -83,6 +83,10 @@ $(STAMPS)/demo: $(STAMPS)/package
 
 $(STAMPS)/tools: $(STAMPS)/venv
 	$(PIP) --requirement tests/requirements.txt 'numpy>=1.26'
+	touch $@
+
+$(STAMPS)/dist-tools: $(STAMPS)/venv tests/requirements-dist.txt
+	$(PIP) --requirement tests/requirements-dist.txt
 	touch $@
 
 $(STAMPS)/torch: $(STAMPS)/venv
