@@ -102,18 +102,20 @@ kernel! {
             let lanes = S::LANES.min(rows - c);
             assert!(cols == 0 || (c + lanes - 1) * stride + cols <= from.len());
             let from = from[c * stride..].as_ptr();
-            for r in 0..cols {
+            let mut done = 0;
+            if lanes == S::LANES && cols >= S::LANES {
+                done = cols / S::LANES * S::LANES;
+                assert!((done - 1) * width + S::LANES <= to.len());
+                for r in (0..done).step_by(S::LANES) {
+                    // SAFETY: whole squares, inside by the assertions.
+                    unsafe { s.transpose_ptr(from.add(r), stride, to.as_mut_ptr().add(r * width), width) };
+                }
+            }
+            for r in done..cols {
                 let mut column = [T::ZERO; MAX_LANES];
-                if lanes == S::LANES {
-                    for (lane, x) in column[..S::LANES].iter_mut().enumerate() {
-                        // SAFETY: row c + lane and column r, inside by the assertion.
-                        *x = unsafe { *from.add(lane * stride + r) };
-                    }
-                } else {
-                    for (lane, x) in column[..lanes].iter_mut().enumerate() {
-                        // SAFETY: as above.
-                        *x = unsafe { *from.add(lane * stride + r) };
-                    }
+                for (lane, x) in column[..lanes].iter_mut().enumerate() {
+                    // SAFETY: row c + lane and column r, inside by the assertion.
+                    *x = unsafe { *from.add(lane * stride + r) };
                 }
                 s.store(s.load(&column), &mut to[r * width..]);
             }

@@ -7,7 +7,7 @@
 //!
 //! **Speed.** One micro-kernel (`tile`) holds a tile of C in registers and reads B from panels in the order of use: packed
 //! once for inference ([`PackedRhs`]), per call otherwise, or not at all where there are too few rows to make up for it.
-//! A is read where it lies, unless it is transposed or its rows lie far apart. Tasks are blocks of C that fit the L2 cache; skinny products are cut by
+//! A is read where it lies, unless its rows lie far apart; transposed, it is packed into panels as high as the tile. Tasks are blocks of C that fit the L2 cache; skinny products are cut by
 //! columns alone.
 
 mod epilogue;
@@ -150,6 +150,8 @@ fn product<T: Float, E: Epilogue<T>>(
     let (tile_rows, tile_cols) = tile_shape::<T>();
     let a_in_place = (a.col_stride == 1 || depth <= 1) && (a.row_stride <= FAR_APART || m < MANY_ROWS);
     let pack_a = !a_in_place;
+    // Of a transposed A the rows lie side by side: panels along K are copied as they are, rows would have to be turned.
+    let a_panels = pack_a && a.row_stride == 1;
     let worth = m >= PACK_FROM_ROWS && depth * n > PACK_FROM;
     let pack_b = matches!(b, Rhs::Plain(b) if b.col_stride != 1 || worth);
 
@@ -161,19 +163,28 @@ fn product<T: Float, E: Epilogue<T>>(
     let slab_depth = depth.min(deepest(pack_a, SLAB_A, slab_rows)).min(deepest(pack_b, SLAB_B, slab_cols));
     // The gap keeps packed rows apart in the sets of the caches.
     let a_stride = slab_depth + GAP;
-    let a_len = if pack_a { slab_rows * a_stride } else { 0 };
+    let a_panel = if a_panels { panel_len(slab_depth, tile_rows) } else { tile_rows * a_stride };
+    let a_len = if pack_a { slab_rows.div_ceil(tile_rows) * a_panel } else { 0 };
     let b_len = if pack_b { slab_cols.div_ceil(tile_cols) * panel_len(slab_depth, tile_cols) } else { 0 };
 
     let out = Output { data: c.data.as_mut_ptr(), row_stride: c.row_stride, borrow: PhantomData };
     stash::with(b_len + a_len, |workspace| {
-        let (b_panels, a_rows) = workspace.split_at_mut(b_len);
+        let (b_panels, a_packed) = workspace.split_at_mut(b_len);
         for rows in blocks(m, slab_rows) {
             for ks in blocks(depth, slab_depth) {
-                let (mut a_from, mut a_row) =
-                    (a.data.as_ptr().wrapping_add(rows.start * a.row_stride + ks.start), a.row_stride);
+                let (mut a_from, mut a_row, mut a_k) =
+                    (a.data.as_ptr().wrapping_add(rows.start * a.row_stride + ks.start), a.row_stride, 1);
+                let mut a_panel = tile_rows * a_row;
                 if pack_a {
-                    pack_rows(a_rows, a_stride, a.rows(rows.clone())?.columns(ks.clone())?, workers)?;
-                    (a_from, a_row) = (a_rows.as_ptr(), a_stride);
+                    let a = a.rows(rows.clone())?.columns(ks.clone())?;
+                    a_from = a_packed.as_ptr();
+                    if a_panels {
+                        pack_panels(a_packed, a.t(), tile_rows, workers)?;
+                        (a_row, a_k, a_panel) = (1, tile_rows, panel_len(ks.len(), tile_rows));
+                    } else {
+                        pack_rows(a_packed, a_stride, a, workers)?;
+                        (a_row, a_panel) = (a_stride, tile_rows * a_stride);
+                    }
                 }
                 for cols in blocks(n, slab_cols) {
                     let (b_from, b_k, b_panel) = match b {
@@ -192,6 +203,8 @@ fn product<T: Float, E: Epilogue<T>>(
                         k: ks.len(),
                         a: a_from,
                         a_row,
+                        a_k,
+                        a_panel,
                         b: b_from,
                         b_k,
                         b_panel,
@@ -254,7 +267,7 @@ fn pack_panels<T: Float>(dst: &mut [T], b: Mat<T>, width: usize, workers: usize)
     let parts = parts.zip((0..cols).step_by(group)).map(|(part, from)| (part, from..cols.min(from + group)));
     each(parts, workers, |(part, range)| {
         if let Ok(b) = b.columns(range) {
-            pack::pack_panels(part, b);
+            pack::pack_panels(part, b, width);
         }
     })
 }
@@ -353,14 +366,16 @@ kernel! {
                 let mut row = rows.start;
                 while row < rows.end {
                     let left_rows = rows.end - row;
-                    let count = if left_rows > tile_rows && left_rows < 2 * tile_rows {
+                    let count = if slab.a_k == 1 && left_rows > tile_rows && left_rows < 2 * tile_rows {
                         left_rows.div_ceil(2) // two tiles of equal height, no thin one
                     } else {
                         left_rows.min(tile_rows)
                     };
                     let o = Operands {
                         k: ks.len(),
-                        a: slab.a.wrapping_add(row * slab.a_row + ks.start),
+                        a: slab.a.wrapping_add(
+                            row / tile_rows * slab.a_panel + row % tile_rows * slab.a_row + ks.start * slab.a_k,
+                        ),
                         b: slab.b.wrapping_add(col / tile_cols * slab.b_panel + ks.start * slab.b_k),
                         c: slab.c.wrapping_add(row * slab.c_row + col),
                         accumulate: slab.accumulate || ks.start > 0,

@@ -12,37 +12,73 @@ pub(super) fn panel_len(depth: usize, width: usize) -> usize {
 crate::kernel! {
     /// Panel p of `dst` holds the columns p · width.. of `b` (K x columns), row after row; columns that `b` lacks are
     /// zeros.
-    pub(super) fn pack_panels<'a, T>(s: S; dst: &'a mut [T], b: Mat<'a, T>) {
-        let width = S::TILE_VECTORS * S::LANES;
+    pub(super) fn pack_panels<'a, T>(s: S; dst: &'a mut [T], b: Mat<'a, T>, width: usize) {
         let (depth, cols) = b.shape();
         let len = panel_len(depth, width);
         assert!(dst.len() >= cols.div_ceil(width) * len);
-        let whole = cols / width * width;
         if b.col_stride == 1 {
-            // A few panels at a time: more of them written at once are slower than short pieces read.
-            let group = 4 * width;
-            for from in (0..whole).step_by(group) {
-                let cols = group.min(whole - from);
-                for k in 0..depth {
-                    let row = &b.data[k * b.row_stride + from..][..cols];
-                    for (panel, row) in dst[from / width * len..].chunks_exact_mut(len).zip(row.chunks_exact(width)) {
-                        let panel = &mut panel[k * width..][..width];
-                        for (panel, row) in panel.chunks_exact_mut(S::LANES).zip(row.chunks_exact(S::LANES)) {
-                            s.store(s.load(row), panel);
-                        }
-                    }
+            copy_panels(s, dst, b, width);
+            return;
+        }
+        // A panel made of whole vectors is filled by transposing squares.
+        let whole = if width.is_multiple_of(S::LANES) { cols / width * width } else { 0 };
+        for col in (0..whole).step_by(S::LANES) {
+            let panel = &mut dst[col / width * len..][..len];
+            transpose(s, &mut panel[col % width..], width, b.t(), col);
+        }
+        for from in (whole..cols).step_by(width) {
+            let used = width.min(cols - from);
+            for (k, row) in dst[from / width * len..].chunks_exact_mut(width).take(depth).enumerate() {
+                for (j, x) in row.iter_mut().enumerate() {
+                    *x = if j < used { b.at(k, from + j) } else { T::ZERO };
                 }
             }
-        } else {
-            for col in (0..whole).step_by(S::LANES) {
-                let panel = &mut dst[col / width * len..][..len];
-                transpose(s, &mut panel[col % width..], width, b.t(), col);
+        }
+    }
+}
+
+/// `pack_panels` of contiguous rows. Every piece is written as whole vectors: what a vector has too much lands where the
+/// next row is written afterwards, or in the row that a panel has to spare.
+#[inline(always)]
+fn copy_panels<T: Float, S: Simd<T>>(s: S, dst: &mut [T], b: Mat<T>, width: usize) {
+    let (depth, cols) = b.shape();
+    let (len, reach) = (panel_len(depth, width), width.next_multiple_of(S::LANES));
+    assert!(depth == 0 || cols == 0 || (depth - 1) * b.row_stride + cols <= b.data.len());
+    assert!(reach <= 2 * width && dst.len() >= cols.div_ceil(width) * len);
+    // Panels whose last vector is inside the row. A few at a time: more of them written at once are slower than short
+    // pieces read.
+    let (inside, panels) = ((cols + width).saturating_sub(reach) / width, cols.div_ceil(width));
+    let group = (128 / width).max(1);
+    for first in (0..inside).step_by(group) {
+        let group = group.min(inside - first);
+        for k in 0..depth {
+            // SAFETY: by the assertions row k has `cols` columns, and a panel has room for `reach` from its row k on.
+            unsafe {
+                let mut from = b.data.as_ptr().add(k * b.row_stride + first * width);
+                let mut to = dst.as_mut_ptr().add(first * len + k * width);
+                for _ in 0..group {
+                    let mut v = 0;
+                    while v < width {
+                        s.store_ptr(s.load_ptr(from.add(v)), to.add(v));
+                        v += S::LANES;
+                    }
+                    from = from.add(width);
+                    to = to.wrapping_add(len);
+                }
             }
         }
-        if whole < cols {
-            for (k, row) in dst[whole / width * len..].chunks_exact_mut(width).take(depth).enumerate() {
-                for (j, x) in row.iter_mut().enumerate() {
-                    *x = if whole + j < cols { b.at(k, whole + j) } else { T::ZERO };
+    }
+    for panel in inside..panels {
+        for k in 0..depth {
+            for v in (0..width).step_by(S::LANES) {
+                let used = (cols - panel * width).saturating_sub(v).min(S::LANES);
+                // SAFETY: as above, for the columns that are left.
+                unsafe {
+                    let from = b.data.as_ptr().wrapping_add(k * b.row_stride + panel * width + v);
+                    s.store_ptr(
+                        s.load_ptr_first(from, used, T::ZERO),
+                        dst.as_mut_ptr().add(panel * len + k * width + v),
+                    );
                 }
             }
         }

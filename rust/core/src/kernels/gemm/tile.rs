@@ -9,13 +9,16 @@ use crate::simd::{Float, Simd, prefetch};
 /// depends on it, because the accumulators of a later block start from C.
 pub(super) const KC: usize = 512;
 
-/// Where a tile finds its operands. Strides are in elements; a row of A is contiguous. Nothing is read or written outside
+/// Where a tile finds its operands. Strides are in elements. Nothing is read or written outside
 /// of the tile's `rows` x `k`, `k` x `cols` and `rows` x `cols` elements.
 #[derive(Clone, Copy)]
 pub(super) struct Operands<T> {
     pub k: usize,
     pub a: *const T,
     pub a_row: usize,
+    pub a_k: usize,
+    /// From the first of TILE_ROWS rows of A to the first of the next.
+    pub a_panel: usize,
     pub b: *const T,
     pub b_k: usize,
     /// From the first column of one panel of B to the first of the next.
@@ -123,7 +126,8 @@ unsafe fn tile<T: Float, S: Simd<T>, const R: usize, const P: usize, const V: us
         }
         let a: [*const T; R] = std::array::from_fn(|r| opaque(o.a.wrapping_add(r * o.a_row)));
         let mut b: [*const T; P] = std::array::from_fn(|p| opaque(o.b.wrapping_add(p * o.b_panel)));
-        for k in 0..o.k {
+        let mut step = 0;
+        for _ in 0..o.k {
             let mut row = [[s.zero(); V]; P];
             for p in 0..P {
                 for v in 0..V {
@@ -133,13 +137,14 @@ unsafe fn tile<T: Float, S: Simd<T>, const R: usize, const P: usize, const V: us
                 b[p] = b[p].wrapping_add(o.b_k);
             }
             for r in 0..R {
-                let x = s.splat(*a[r].add(k));
+                let x = s.splat(*a[r].add(step));
                 for p in 0..P {
                     for v in 0..V {
                         sum[r][p][v] = s.mul_add(x, row[p][v], sum[r][p][v]);
                     }
                 }
             }
+            step += o.a_k;
         }
         for r in 0..R {
             for p in 0..P {
