@@ -172,6 +172,18 @@ pub fn activation_backward<T: Float, C: Curve>(_: C, dy_dx: &mut [T], x: &[T]) -
     for_each(dy_dx.chunks_mut(GRAIN).zip(x.chunks(GRAIN)), |(dy, x)| block::<T, C>(dy, x))
 }
 
+/// dx = dy · scale where y > 0, else 0, in the place of dy: back through y = max(x, 0), and through dropout after it, whose
+/// survivors were multiplied with `scale`: what it dropped is 0 as well.
+pub fn relu_backward<T: Float>(dy_dx: &mut [T], y: &[T], scale: T) -> Result<()> {
+    kernel! {
+        fn block<'a, T>(s: S; dy: &'a mut [T], y: &'a [T], scale: T) {
+            let scale = s.splat(scale);
+            map(s, [dy], [y], #[inline(always)] |[dy], [y]| [s.mul(dy, s.select(s.le(y, s.zero()), s.zero(), scale))]);
+        }
+    }
+    for_each(dy_dx.chunks_mut(GRAIN).zip(y.chunks(GRAIN)), |(dy, y)| block(dy, y, scale))
+}
+
 /// y = f(gate) · up, where a row of x is [gate | up] and y has `cols` columns.
 pub fn gated_forward<T: Float, C: Curve>(_: C, y: &mut [T], x: &[T], cols: usize) -> Result<()> {
     kernel! {

@@ -71,13 +71,13 @@ impl FeedForward {
     pub fn forward<T: Float>(&self, tape: &mut Tape<T>, params: &Params<T>, x: Var) -> Result<Var> {
         tape.scope(|tape| {
             let h = match self.middle {
-                Middle::Plain(activation) => self.up.forward_activated(tape, params, x, activation)?,
+                Middle::Plain(activation) => self.up.forward_activated(tape, params, x, activation, self.dropout)?,
                 Middle::Gated(gate) => {
                     let h = self.up.forward(tape, params, x)?;
-                    ops::gated(tape, h, gate)?
+                    let h = ops::gated(tape, h, gate)?;
+                    ops::dropout(tape, h, self.dropout.0, self.dropout.1)?
                 }
             };
-            let h = ops::dropout(tape, h, self.dropout.0, self.dropout.1)?;
             self.down.forward(tape, params, h)
         })
     }

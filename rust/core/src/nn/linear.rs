@@ -49,15 +49,16 @@ impl Linear {
         ops::linear(tape, params, x, &self.weights, &self.biases)
     }
 
-    /// x (R, in) -> activation(x Wᵀ + b) (R, out), in one pass.
+    /// x (R, in) -> dropout(activation(x Wᵀ + b)) (R, out), in one pass. `dropout` is its site and probability.
     pub fn forward_activated<T: Float>(
         &self,
         tape: &mut Tape<T>,
         params: &Params<T>,
         x: Var,
         activation: Activation,
+        dropout: (u32, f64),
     ) -> Result<Var> {
-        ops::linear_activation(tape, params, x, &self.weights, &self.biases, activation)
+        ops::linear_activation(tape, params, x, &self.weights, &self.biases, activation, dropout)
     }
 
     /// The weight of a map that is no group.

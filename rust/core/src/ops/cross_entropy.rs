@@ -178,7 +178,7 @@ pub fn linear_cross_entropy<T: Float>(
             counted.iter().zip(gathered.chunks_mut(d.max(1))).for_each(|(&row, to)| to.copy_from_slice(x.row(row)));
         }
         let x = if all { Mat::new(&x[counted[0] * d..], n, d)? } else { Mat::new(&gathered, n, d)? };
-        product(&mut logits, x, transposed(w, v, d)?, b, None)?;
+        product(&mut logits, x, transposed(w, v, d)?, b, None, None)?;
         cross_entropy_rows(losses, &mut logits, &targets, v, smoothing, wanted.then_some(T::ONE))?;
         let dlogits = &logits;
         if let Some(dw) = &mut dw {
@@ -257,7 +257,7 @@ pub fn token_logprobs<T: Float>(
     for (i, (log_p, targets)) in log_p.chunks_mut(chunk).zip(targets.chunks(chunk)).enumerate() {
         let mut logits = tape.pool.tensor(log_p.len(), v)?;
         let x = Mat::new(&tape.value(x)?[i * chunk * d..], log_p.len(), d)?;
-        product(&mut logits, x, transposed(params.get(weight), v, d)?, bias.map(|bias| params.get(bias)), None)?;
+        product(&mut logits, x, transposed(params.get(weight), v, d)?, bias.map(|bias| params.get(bias)), None, None)?;
         log_probabilities(log_p, &logits, targets, v)?;
         tape.pool.recycle(logits);
     }

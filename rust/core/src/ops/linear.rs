@@ -1,13 +1,15 @@
 //! Affine maps.
 
-use super::{Activation, activation, expect_shape};
+use super::residual::draw;
+use super::{Activation, activation, dropout, expect_shape};
 use crate::ensure;
 use crate::error::Result;
 use crate::kernels::Beta;
-use crate::kernels::activation::{self as curves, activation_backward};
+use crate::kernels::activation::{self as curves, relu_backward};
 use crate::kernels::elementwise::multiple;
 use crate::kernels::gemm::{self, Affine, Identity, Mat, MatMut, NoEpilogue, Rhs};
 use crate::kernels::reduce::{fold_partials, partial_rows, sum_blocks};
+use crate::rng::Dropout;
 use crate::simd::Float;
 use crate::tape::{Backward, Operation, ParamId, Params, Pool, Tape, Tensor, Var};
 
@@ -20,10 +22,11 @@ pub fn linear<T: Float>(
     weights: &[ParamId],
     biases: &[ParamId],
 ) -> Result<Var> {
-    affine(tape, params, x, weights, biases, None)
+    affine(tape, params, x, weights, biases, None, None)
 }
 
-/// y = f(x Wᵀ + b), the same bits as [`linear`] and [`activation`] one after the other.
+/// y = dropout(f(x Wᵀ + b)), the same values as [`linear`], [`activation`] and [`dropout`] one after the other. `site` is the
+/// number of dropout's place in the model, `p` its probability.
 pub fn linear_activation<T: Float>(
     tape: &mut Tape<T>,
     params: &Params<T>,
@@ -31,14 +34,17 @@ pub fn linear_activation<T: Float>(
     weights: &[ParamId],
     biases: &[ParamId],
     kind: Activation,
+    (site, p): (u32, f64),
 ) -> Result<Var> {
     let wanted = tape.wants(params, &[x], weights) || tape.wants(params, &[], biases);
-    // The slope of ReLU can be seen in y; for the others x Wᵀ + b must be kept, so that there is nothing to fuse.
+    // What ReLU and dropout let pass can be seen in y; for the others x Wᵀ + b must be kept: there is nothing to fuse.
     if wanted && kind != Activation::Relu {
         let y = linear(tape, params, x, weights, biases)?;
-        return activation(tape, y, kind);
+        let y = activation(tape, y, kind)?;
+        return dropout(tape, y, site, p);
     }
-    affine(tape, params, x, weights, biases, Some(kind))
+    let drawn = draw(tape, "linear", site, p)?;
+    affine(tape, params, x, weights, biases, Some(kind), drawn)
 }
 
 fn affine<T: Float>(
@@ -48,6 +54,7 @@ fn affine<T: Float>(
     weights: &[ParamId],
     biases: &[ParamId],
     kind: Option<Activation>,
+    dropout: Option<Dropout>,
 ) -> Result<Var> {
     let (rows, d) = (tape.value(x)?.rows(), tape.value(x)?.cols());
     let widths = check(params, d, weights, biases)?;
@@ -61,13 +68,14 @@ fn affine<T: Float>(
         Some(packed) => Rhs::Packed(packed),
         None => transposed(params.group(weights), o, d)?,
     };
-    product(&mut y, matrix(tape.value(x)?)?, w, b, kind)?;
+    product(&mut y, matrix(tape.value(x)?)?, w, b, kind, dropout)?;
     let y = tape.push(y, wanted);
     if wanted {
-        let relu = kind.map(|_| y);
+        let scale = dropout.map_or(T::ONE, |dropout| T::from_f64(dropout.scale));
+        let relu = kind.map(|_| (y, scale));
         let node = Node { x, weights: weights.into(), biases: biases.into(), widths, relu };
         match relu {
-            Some(y) => tape.record(y, &[x, y], node),
+            Some((y, _)) => tape.record(y, &[x, y], node),
             None => tape.record(y, &[x], node),
         }
     }
@@ -112,32 +120,34 @@ pub(super) fn matrix<T: Float>(x: &Tensor<T>) -> Result<Mat<'_, T>> {
     Mat::new(x, x.rows(), x.cols())
 }
 
-/// y = f(x Wᵀ + b): the one place where a weight meets a product going forward.
+/// y = dropout(f(x Wᵀ + b)): the one place where a weight meets a product going forward.
 pub(super) fn product<T: Float>(
     y: &mut Tensor<T>,
     x: Mat<T>,
     w: Rhs<T>,
     bias: Option<&[T]>,
     kind: Option<Activation>,
+    dropout: Option<Dropout>,
 ) -> Result<()> {
     fn run<T: Float, A: gemm::Activation<T>>(
         y: MatMut<T>,
         x: Mat<T>,
         w: Rhs<T>,
         bias: Option<&[T]>,
-        f: A,
+        activation: A,
+        dropout: Option<Dropout>,
     ) -> Result<()> {
-        gemm::gemm(y, x, w, Beta::Assign, &Affine { bias, activation: f, residual: None })
+        gemm::gemm(y, x, w, Beta::Assign, &Affine { bias, activation, dropout, residual: None })
     }
     let (rows, o) = (x.shape().0, y.cols());
     let y = MatMut::new(y, rows, o)?;
     match kind {
-        None if bias.is_none() => gemm::gemm(y, x, w, Beta::Assign, &NoEpilogue),
-        None => run(y, x, w, bias, Identity),
-        Some(Activation::Relu) => run(y, x, w, bias, curves::Relu),
-        Some(Activation::Gelu) => run(y, x, w, bias, curves::Gelu),
-        Some(Activation::GeluTanh) => run(y, x, w, bias, curves::GeluTanh),
-        Some(Activation::Silu) => run(y, x, w, bias, curves::Silu),
+        None if bias.is_none() && dropout.is_none() => gemm::gemm(y, x, w, Beta::Assign, &NoEpilogue),
+        None => run(y, x, w, bias, Identity, dropout),
+        Some(Activation::Relu) => run(y, x, w, bias, curves::Relu, dropout),
+        Some(Activation::Gelu) => run(y, x, w, bias, curves::Gelu, dropout),
+        Some(Activation::GeluTanh) => run(y, x, w, bias, curves::GeluTanh, dropout),
+        Some(Activation::Silu) => run(y, x, w, bias, curves::Silu, dropout),
     }
 }
 
@@ -160,35 +170,37 @@ pub(super) fn column_sums<T: Float>(dy: &Tensor<T>, pool: &mut Pool<T>) -> Resul
     Ok(sums)
 }
 
-struct Node {
+struct Node<T> {
     x: Var,
     weights: Box<[ParamId]>,
     biases: Box<[ParamId]>,
     widths: Vec<usize>,
-    /// y, where it went through ReLU.
-    relu: Option<Var>,
+    /// y, where it went through ReLU, and what the survivors of dropout were multiplied with.
+    relu: Option<(Var, T)>,
 }
 
-impl<T: Float> Operation<T> for Node {
+impl<T: Float> Operation<T> for Node<T> {
     fn name(&self) -> &'static str {
         "linear"
     }
 
     fn backward(self: Box<Self>, cx: &mut Backward<'_, T>, mut dy: Tensor<T>) -> Result<()> {
         let Node { x: input, weights, biases, widths, relu } = *self;
-        if let Some(y) = relu {
-            activation_backward(curves::Relu, &mut dy, cx.value(y)?)?;
+        if let Some((y, scale)) = relu {
+            relu_backward(&mut dy, cx.value(y)?, scale)?;
         }
         let (x, params) = (matrix(cx.value(input)?)?, cx.params);
         let (rows, d) = x.shape();
         let all = matrix(&dy)?;
         // y = x Wᵀ + b  =>  dx = dy W, dW = dyᵀ x, db = Σ dy over the rows
         cx.accumulate(input, rows, d, |dx, beta, _| product_dx(dx, beta, all, params.group(&weights), d))?;
-        let mut first = 0;
-        for (&w, width) in weights.iter().zip(&widths) {
-            let part = all.columns(first..first + width)?;
-            cx.accumulate_param(w, |dw, beta, _| product_dw(dw, beta, part, x))?;
-            first += width;
+        if !cx.accumulate_group(&weights, |dw, beta, _| product_dw(dw, beta, all, x))? {
+            let mut first = 0;
+            for (&w, width) in weights.iter().zip(&widths) {
+                let part = all.columns(first..first + width)?;
+                cx.accumulate_param(w, |dw, beta, _| product_dw(dw, beta, part, x))?;
+                first += width;
+            }
         }
         if biases.iter().any(|&b| cx.wants_param(b)) {
             let sums = column_sums(&dy, cx.pool)?;
@@ -208,6 +220,7 @@ impl<T: Float> Operation<T> for Node {
 mod tests {
     use super::super::testing;
     use super::*;
+    use crate::rng::Key;
     use crate::tape::{Builder, Init, gradcheck};
     use std::sync::Arc;
 
@@ -242,25 +255,44 @@ mod tests {
     }
 
     #[test]
-    fn fused_with_its_activation_equals_composed_bit_for_bit() {
+    fn fused_with_activation_and_dropout_equals_composed_bit_for_bit() {
         let (params, w, b) = group::<f32>(20, &[33]);
         let inputs = [testing::normal(70, 20, 1)];
         for kind in [Activation::Relu, Activation::Gelu, Activation::GeluTanh, Activation::Silu] {
-            for b in [&b[..], &[]] {
-                let fused = testing::run(&params, &inputs, None, |tape, params, x| {
-                    linear_activation(tape, params, x[0], &w, b, kind)
+            for (b, training) in [(&b[..], None), (&[], None), (&b, Some(Key::new(5)))] {
+                let fused = testing::run(&params, &inputs, training, |tape, params, x| {
+                    linear_activation(tape, params, x[0], &w, b, kind, (3, 0.4))
                 });
-                let composed = testing::run(&params, &inputs, None, |tape, params, x| {
+                let composed = testing::run(&params, &inputs, training, |tape, params, x| {
                     let y = linear(tape, params, x[0], &w, b)?;
-                    activation(tape, y, kind)
+                    let y = activation(tape, y, kind)?;
+                    dropout(tape, y, 3, 0.4)
                 });
                 let composed = composed.unwrap();
                 assert_eq!(fused.unwrap(), composed);
-                let mut tape = Tape::evaluation(Pool::default());
-                let x = tape.constant(testing::normal(70, 20, 1));
-                let y = linear_activation(&mut tape, &params, x, &w, b, kind).unwrap();
-                assert_eq!(tape.value(y).unwrap()[..], composed.y);
+                assert_eq!(
+                    composed.y.iter().filter(|&&y| y == 0.0).count() > 500,
+                    training.is_some() || kind == Activation::Relu
+                );
+                if training.is_none() {
+                    let mut tape = Tape::evaluation(Pool::default());
+                    let x = tape.constant(testing::normal(70, 20, 1));
+                    let y = linear_activation(&mut tape, &params, x, &w, b, kind, (3, 0.4)).unwrap();
+                    assert_eq!(tape.value(y).unwrap()[..], composed.y);
+                }
             }
+        }
+    }
+
+    #[test]
+    fn gradients_through_relu_and_dropout_equal_differences() {
+        let (params, w, b) = group(4, &[6]);
+        let x = [testing::normal(9, 4, 1)];
+        for training in [None, Some(Key::new(2))] {
+            gradcheck(&params, &x, training, |tape, params, x| {
+                linear_activation(tape, params, x[0], &w, &b, Activation::Relu, (3, 0.3))
+            })
+            .unwrap();
         }
     }
 

@@ -28,7 +28,8 @@ pub fn dropout<T: Float>(tape: &mut Tape<T>, x: Var, site: u32, p: f64) -> Resul
     }
 }
 
-fn draw<T: Float>(tape: &mut Tape<T>, op: &str, site: u32, p: f64) -> Result<Option<Dropout>> {
+/// Draws what a use of dropout drops; `None` where nothing is, as outside of training.
+pub(super) fn draw<T: Float>(tape: &mut Tape<T>, op: &str, site: u32, p: f64) -> Result<Option<Dropout>> {
     ensure!(
         (0.0..1.0).contains(&p),
         Config,

@@ -130,7 +130,7 @@ fn every_operation_gives_in_f32_what_it_gives_in_f64() {
     for kind in [Activation::Relu, Activation::Gelu, Activation::GeluTanh, Activation::Silu] {
         agrees!("activation", &[], rows, |tape, _p, _i, x| activation(tape, x[0], kind));
         agrees!("linear_activation", &[&[21, 37], &[21]], rows, |tape, p, i, x| {
-            linear_activation(tape, p, x[0], &i[..1], &i[1..], kind)
+            linear_activation(tape, p, x[0], &i[..1], &i[1..], kind, (5, 0.3))
         });
     }
     for gate in [Gate::Glu, Gate::Swiglu] {

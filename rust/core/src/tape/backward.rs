@@ -95,6 +95,18 @@ impl<'a, T: Float> Backward<'a, T> {
             None => Ok(()),
         }
     }
+
+    /// The same for a group at once. False, and nothing written, where its members have to be written one by one.
+    pub fn accumulate_group(
+        &mut self,
+        ids: &[ParamId],
+        write: impl FnOnce(&mut [T], Beta, &mut Pool<T>) -> Result<()>,
+    ) -> Result<bool> {
+        match self.grads.group_slot(ids) {
+            Some((dw, beta)) => write(dw, beta, self.pool).map(|()| true),
+            None => Ok(false),
+        }
+    }
 }
 
 /// Gradients of the leaves of a tape.

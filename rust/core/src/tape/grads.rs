@@ -48,6 +48,24 @@ impl<T: Float> Grads<T> {
         Some((&mut self.data[range], beta))
     }
 
+    /// One slot for a group of parameters; `None` unless all are trainable, their gradients stand side by side, and they
+    /// agree on whether the next one assigns or adds.
+    pub fn group_slot(&mut self, ids: &[ParamId]) -> Option<(&mut [T], Beta)> {
+        let range = |id: &ParamId| self.ranges[id.index()].as_ref().map(|(range, _)| range.clone());
+        let whole = range(ids.first()?)?.start..range(ids.last()?)?.end;
+        let arrived = self.arrived[ids[0].index()];
+        let mut end = whole.start;
+        for id in ids {
+            let range = range(id)?;
+            if range.start != end || self.arrived[id.index()] != arrived {
+                return None;
+            }
+            end = range.end;
+        }
+        ids.iter().for_each(|id| self.arrived[id.index()] = true);
+        Some((&mut self.data[whole], if arrived { Beta::Add } else { Beta::Assign }))
+    }
+
     /// The gradient of a parameter, if it is trainable and has arrived.
     pub fn get(&self, id: ParamId) -> Option<&[T]> {
         let (range, _) = self.ranges[id.index()].as_ref()?;

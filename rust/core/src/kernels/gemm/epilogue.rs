@@ -3,6 +3,7 @@
 use super::Mat;
 use crate::ensure;
 use crate::error::Result;
+use crate::rng::Dropout;
 use crate::simd::{Float, Simd};
 
 /// Finishes C. Each element is met once, after its last step along K.
@@ -50,13 +51,15 @@ impl<T: Float> Activation<T> for Identity {
     }
 }
 
-/// y = residual + activation(c + bias)
+/// y = residual + dropout(activation(c + bias))
 #[derive(Debug, Clone, Copy)]
 pub struct Affine<'a, T, A = Identity> {
     /// One number per column.
     pub bias: Option<&'a [T]>,
     /// Applied after the bias.
     pub activation: A,
+    /// Applied after the activation; an element is decided by its row and column.
+    pub dropout: Option<Dropout>,
     /// Row-major, added last.
     pub residual: Option<Mat<'a, T>>,
 }
@@ -64,7 +67,7 @@ pub struct Affine<'a, T, A = Identity> {
 impl<'a, T> Affine<'a, T> {
     /// y = c + bias
     pub fn bias(bias: &'a [T]) -> Self {
-        Affine { bias: Some(bias), activation: Identity, residual: None }
+        Affine { bias: Some(bias), activation: Identity, dropout: None, residual: None }
     }
 }
 
@@ -88,12 +91,17 @@ impl<T: Float, A: Activation<T>> Epilogue<T> for Affine<'_, T, A> {
     fn finish<S: Simd<T>>(&self, s: S, row: usize, column: usize, c: &mut [T]) {
         let bias = self.bias.map(|bias| &bias[column..][..c.len()]);
         let residual = self.residual.map(|r| &r.data[row * r.row_stride + column..][..c.len()]);
+        let dropout = self.dropout.map(|d| (d.row(row), d.threshold, s.splat(T::from_f64(d.scale))));
         for (i, c) in c.chunks_mut(S::LANES).enumerate() {
             let mut y = s.load_first(c, T::ZERO);
             if let Some(bias) = bias {
                 y = s.add(y, s.load_first(&bias[i * S::LANES..], T::ZERO));
             }
             y = self.activation.apply(s, y);
+            if let Some((key, threshold, scale)) = dropout {
+                let kept = s.keep(key, (column + i * S::LANES) as u32, threshold);
+                y = s.select(kept, s.mul(scale, y), s.zero());
+            }
             if let Some(residual) = residual {
                 y = s.add(s.load_first(&residual[i * S::LANES..], T::ZERO), y);
             }

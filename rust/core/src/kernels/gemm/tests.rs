@@ -1,7 +1,8 @@
 //! Against a readable product, and the promise of same bits.
 
 use super::*;
-use crate::simd::{Isa, Simd, isa};
+use crate::rng::{Dropout, Key};
+use crate::simd::{Isa, Simd, isa, keep_scalar};
 use crate::threads::with_local_limit;
 
 /// Three loops in f64.
@@ -212,12 +213,15 @@ fn epilogues_match<T: Float>(m: usize, n: usize, k: usize) {
     for beta in [Beta::Assign, Beta::Add] {
         let plain = run(&|c| gemm(c, a, b, beta, &NoEpilogue));
         let biased = run(&|c| gemm(c, a, b, beta, &Affine::bias(&bias)));
-        let all = Affine { bias: Some(&bias), activation: Square, residual: Some(residual) };
+        let dropout = Dropout::new(Key::new(3), 0.25);
+        let all = Affine { bias: Some(&bias), activation: Square, dropout: Some(dropout), residual: Some(residual) };
         let all = run(&|c| gemm(c, a, b, beta, &all));
         for i in 0..m * n {
             let x = plain[i] + bias[i % n];
             assert_eq!(biased[i], x);
-            assert_eq!(all[i], residual.at(i / n, i % n) + x * x);
+            let kept = keep_scalar(dropout.row(i / n), (i % n) as u32, dropout.threshold);
+            let y = if kept { T::from_f64(dropout.scale) * (x * x) } else { T::ZERO };
+            assert_eq!(all[i], residual.at(i / n, i % n) + y);
         }
     }
 }
