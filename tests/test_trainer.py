@@ -252,9 +252,14 @@ def test_not_finite_numbers_stop_a_step_and_change_nothing():
 
 
 def test_compute():
-    assert trainer_of().compute == trainer_of(compute="auto").compute == "f32"
-    with pytest.raises(tr.UnsupportedError, match="bf16"):
-        trainer_of(compute="bf16")
+    assert trainer_of().compute == trainer_of(compute="f32").compute == "f32"
+    assert trainer_of(compute="bf16").compute == "bf16"
+    assert trainer_of(compute="auto").compute in ("f32", "bf16")
+    full, half = trainer_of(), trainer_of(compute="bf16")
+    for _ in range(10):
+        a, b = full.step(SRC, TGT), half.step(SRC, TGT)
+        assert a != b
+        assert b.loss == pytest.approx(a.loss, rel=0.02)
     with pytest.raises(tr.ConfigError, match="`compute`"):
         trainer_of(compute="f16")
 

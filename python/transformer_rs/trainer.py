@@ -75,12 +75,14 @@ class Trainer:
         label_smoothing: The share of the target distribution spread over all tokens (Szegedy et al. 2016), in [0, 1).
         clip_norm: The largest norm of the gradient (Pascanu et al. 2013); None does not clip.
         freeze: Patterns of names that are not trained.
-        compute: The number type of the large products: ``"f32"``, or ``"auto"`` for the fastest (today f32).
+        compute: The number type of the large products: ``"f32"``; ``"bf16"`` rounds their factors to 8 significant bits and
+            sums in f32, forward and backward (Kalamkar et al. 2019, "A Study of BFLOAT16 for Deep Learning Training"),
+            while weights, optimiser, norms, attention and losses stay f32; ``"auto"`` takes bf16 where the CPU is faster
+            with it, else f32. ``trainer.compute`` says which.
         seed: Decides dropout and the order of batches; None draws a fresh one, kept in ``seed``.
 
     Raises:
         ConfigError: A setting outside its domain.
-        UnsupportedError: ``compute="bf16"``.
 
     >>> import transformer_rs as tr
     >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=9, d_model=16, n_heads=2, d_ff=32, n_encoder_layers=1,
@@ -146,7 +148,7 @@ class Trainer:
 
     @property
     def compute(self) -> str:
-        """The number type of the large products in use: ``"f32"``."""
+        """The number type of the large products in use: ``"f32"`` or ``"bf16"``."""
         return self._core.compute()
 
     @property

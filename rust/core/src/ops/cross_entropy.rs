@@ -140,7 +140,7 @@ pub fn linear_cross_entropy<T: Float>(
     let (rows, d) = (tape.value(x)?.rows(), tape.value(x)?.cols());
     let v = vocabulary(params, "linear_cross_entropy", d, weight, bias)?;
     check("linear_cross_entropy", rows, targets, v, smoothing)?;
-    let (w, b) = (params.get(weight), bias.map(|bias| params.get(bias)));
+    let (w, b, precision) = (params.get(weight), bias.map(|bias| params.get(bias)), tape.precision);
 
     let counted: Vec<usize> = (0..rows).filter(|&row| targets[row] != IGNORE).collect();
     let all = counted.len() == rows;
@@ -178,17 +178,17 @@ pub fn linear_cross_entropy<T: Float>(
             counted.iter().zip(gathered.chunks_mut(d.max(1))).for_each(|(&row, to)| to.copy_from_slice(x.row(row)));
         }
         let x = if all { Mat::new(&x[counted[0] * d..], n, d)? } else { Mat::new(&gathered, n, d)? };
-        product(&mut logits, x, transposed(w, v, d)?, b, None, None)?;
+        product(precision, &mut logits, x, transposed(w, v, d)?, b, None, None)?;
         cross_entropy_rows(losses, &mut logits, &targets, v, smoothing, wanted.then_some(T::ONE))?;
         let dlogits = &logits;
         if let Some(dw) = &mut dw {
-            product_dw(dw, beta, matrix(dlogits)?, x)?;
+            product_dw(precision, dw, beta, matrix(dlogits)?, x)?;
         }
         if let Some(dx) = &mut dx {
             if all {
-                product_dx(&mut dx[counted[0] * d..], Beta::Assign, matrix(dlogits)?, w, d)?;
+                product_dx(precision, &mut dx[counted[0] * d..], Beta::Assign, matrix(dlogits)?, w, d)?;
             } else {
-                product_dx(&mut gathered, Beta::Assign, matrix(dlogits)?, w, d)?;
+                product_dx(precision, &mut gathered, Beta::Assign, matrix(dlogits)?, w, d)?;
                 let part = gathered.chunks(d.max(1));
                 counted.iter().zip(part).for_each(|(&row, part)| dx[row * d..][..d].copy_from_slice(part));
             }
@@ -257,7 +257,15 @@ pub fn token_logprobs<T: Float>(
     for (i, (log_p, targets)) in log_p.chunks_mut(chunk).zip(targets.chunks(chunk)).enumerate() {
         let mut logits = tape.pool.tensor(log_p.len(), v)?;
         let x = Mat::new(&tape.value(x)?[i * chunk * d..], log_p.len(), d)?;
-        product(&mut logits, x, transposed(params.get(weight), v, d)?, bias.map(|bias| params.get(bias)), None, None)?;
+        product(
+            tape.precision,
+            &mut logits,
+            x,
+            transposed(params.get(weight), v, d)?,
+            bias.map(|bias| params.get(bias)),
+            None,
+            None,
+        )?;
         log_probabilities(log_p, &logits, targets, v)?;
         tape.pool.recycle(logits);
     }

@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::kernels::Beta;
 use crate::kernels::activation::{self as curves, relu_backward};
 use crate::kernels::elementwise::multiple;
-use crate::kernels::gemm::{self, Affine, Identity, Mat, MatMut, NoEpilogue, Rhs};
+use crate::kernels::gemm::{self, Affine, Identity, Mat, MatMut, NoEpilogue, Precision, Rhs};
 use crate::kernels::reduce::{fold_partials, partial_rows, sum_blocks};
 use crate::rng::Dropout;
 use crate::simd::Float;
@@ -63,12 +63,14 @@ fn affine<T: Float>(
     let mut y = tape.pool.tensor(rows, o)?;
     let b = (!biases.is_empty()).then(|| params.group(biases));
     // Few rows do not pay for packing the weight again; a pass that records is soon followed by another weight.
-    let packed = (!tape.is_recording() && rows <= FEW_ROWS).then(|| params.packed(weights, o, d)).transpose()?;
+    let packed = (!tape.is_recording() && rows <= FEW_ROWS && tape.precision == Precision::Full)
+        .then(|| params.packed(weights, o, d))
+        .transpose()?;
     let w = match &packed {
         Some(packed) => Rhs::Packed(packed),
         None => transposed(params.group(weights), o, d)?,
     };
-    product(&mut y, matrix(tape.value(x)?)?, w, b, kind, dropout)?;
+    product(tape.precision, &mut y, matrix(tape.value(x)?)?, w, b, kind, dropout)?;
     let y = tape.push(y, wanted);
     if wanted {
         let scale = dropout.map_or(T::ONE, |dropout| T::from_f64(dropout.scale));
@@ -122,6 +124,7 @@ pub(super) fn matrix<T: Float>(x: &Tensor<T>) -> Result<Mat<'_, T>> {
 
 /// y = dropout(f(x Wᵀ + b)): the one place where a weight meets a product going forward.
 pub(super) fn product<T: Float>(
+    precision: Precision,
     y: &mut Tensor<T>,
     x: Mat<T>,
     w: Rhs<T>,
@@ -130,6 +133,7 @@ pub(super) fn product<T: Float>(
     dropout: Option<Dropout>,
 ) -> Result<()> {
     fn run<T: Float, A: gemm::Activation<T>>(
+        precision: Precision,
         y: MatMut<T>,
         x: Mat<T>,
         w: Rhs<T>,
@@ -137,29 +141,42 @@ pub(super) fn product<T: Float>(
         activation: A,
         dropout: Option<Dropout>,
     ) -> Result<()> {
-        gemm::gemm(y, x, w, Beta::Assign, &Affine { bias, activation, dropout, residual: None })
+        gemm::gemm_with(precision, y, x, w, Beta::Assign, &Affine { bias, activation, dropout, residual: None })
     }
     let (rows, o) = (x.shape().0, y.cols());
     let y = MatMut::new(y, rows, o)?;
     match kind {
-        None if bias.is_none() && dropout.is_none() => gemm::gemm(y, x, w, Beta::Assign, &NoEpilogue),
-        None => run(y, x, w, bias, Identity, dropout),
-        Some(Activation::Relu) => run(y, x, w, bias, curves::Relu, dropout),
-        Some(Activation::Gelu) => run(y, x, w, bias, curves::Gelu, dropout),
-        Some(Activation::GeluTanh) => run(y, x, w, bias, curves::GeluTanh, dropout),
-        Some(Activation::Silu) => run(y, x, w, bias, curves::Silu, dropout),
+        None if bias.is_none() && dropout.is_none() => gemm::gemm_with(precision, y, x, w, Beta::Assign, &NoEpilogue),
+        None => run(precision, y, x, w, bias, Identity, dropout),
+        Some(Activation::Relu) => run(precision, y, x, w, bias, curves::Relu, dropout),
+        Some(Activation::Gelu) => run(precision, y, x, w, bias, curves::Gelu, dropout),
+        Some(Activation::GeluTanh) => run(precision, y, x, w, bias, curves::GeluTanh, dropout),
+        Some(Activation::Silu) => run(precision, y, x, w, bias, curves::Silu, dropout),
     }
 }
 
 /// dx (+)= dy W
-pub(super) fn product_dx<T: Float>(dx: &mut [T], beta: Beta, dy: Mat<T>, w: &[T], d: usize) -> Result<()> {
+pub(super) fn product_dx<T: Float>(
+    precision: Precision,
+    dx: &mut [T],
+    beta: Beta,
+    dy: Mat<T>,
+    w: &[T],
+    d: usize,
+) -> Result<()> {
     let (rows, o) = dy.shape();
-    gemm::gemm(MatMut::new(dx, rows, d)?, dy, Mat::new(w, o, d)?, beta, &NoEpilogue)
+    gemm::gemm_with(precision, MatMut::new(dx, rows, d)?, dy, Mat::new(w, o, d)?, beta, &NoEpilogue)
 }
 
 /// dW (+)= dyᵀ x
-pub(super) fn product_dw<T: Float>(dw: &mut [T], beta: Beta, dy: Mat<T>, x: Mat<T>) -> Result<()> {
-    gemm::gemm(MatMut::new(dw, dy.shape().1, x.shape().1)?, dy.t(), x, beta, &NoEpilogue)
+pub(super) fn product_dw<T: Float>(
+    precision: Precision,
+    dw: &mut [T],
+    beta: Beta,
+    dy: Mat<T>,
+    x: Mat<T>,
+) -> Result<()> {
+    gemm::gemm_with(precision, MatMut::new(dw, dy.shape().1, x.shape().1)?, dy.t(), x, beta, &NoEpilogue)
 }
 
 /// The sum of the rows of dy, in the first row of what is returned.
@@ -189,16 +206,16 @@ impl<T: Float> Operation<T> for Node<T> {
         if let Some((y, scale)) = relu {
             relu_backward(&mut dy, cx.value(y)?, scale)?;
         }
-        let (x, params) = (matrix(cx.value(input)?)?, cx.params);
+        let (x, params, precision) = (matrix(cx.value(input)?)?, cx.params, cx.precision);
         let (rows, d) = x.shape();
         let all = matrix(&dy)?;
         // y = x Wᵀ + b  =>  dx = dy W, dW = dyᵀ x, db = Σ dy over the rows
-        cx.accumulate(input, rows, d, |dx, beta, _| product_dx(dx, beta, all, params.group(&weights), d))?;
-        if !cx.accumulate_group(&weights, |dw, beta, _| product_dw(dw, beta, all, x))? {
+        cx.accumulate(input, rows, d, |dx, beta, _| product_dx(precision, dx, beta, all, params.group(&weights), d))?;
+        if !cx.accumulate_group(&weights, |dw, beta, _| product_dw(precision, dw, beta, all, x))? {
             let mut first = 0;
             for (&w, width) in weights.iter().zip(&widths) {
                 let part = all.columns(first..first + width)?;
-                cx.accumulate_param(w, |dw, beta, _| product_dw(dw, beta, part, x))?;
+                cx.accumulate_param(w, |dw, beta, _| product_dw(precision, dw, beta, part, x))?;
                 first += width;
             }
         }

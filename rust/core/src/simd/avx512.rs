@@ -1,5 +1,6 @@
 //! Sixteen lanes of AVX-512 with mask registers.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::avx2::{self, intrinsics};
@@ -74,6 +75,30 @@ impl Simd<f32> for Avx512 {
         };
     }
 
+    const PAIRS: bool = true;
+    #[inline(always)]
+    fn pairs(self, first: __m512, second: __m512) -> __m512 {
+        let rounded = self.adjacent_pairs(first, second);
+        // SAFETY: the token vouches for AVX-512 BW.
+        unsafe {
+            let order = _mm512_set_epi16(
+                31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2,
+                17, 1, 16, 0,
+            );
+            _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, _mm512_castps_si512(rounded)))
+        }
+    }
+    #[inline(always)]
+    fn adjacent_pairs(self, low: __m512, high: __m512) -> __m512 {
+        // SAFETY: the token vouches for AVX-512, the caller for BF16.
+        unsafe { adjacent_pairs(low, high) }
+    }
+    #[inline(always)]
+    fn dot_pairs(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: as above.
+        unsafe { dot_pairs(a, b, c) }
+    }
+
     #[inline(always)]
     fn and(self, a: __mmask16, b: __mmask16) -> __mmask16 {
         a & b
@@ -123,4 +148,30 @@ impl Simd<f32> for Avx512 {
             }
         }
     }
+}
+
+// The instructions of BF16 are written out, because the token does not vouch for them and intrinsics would not be inlined:
+// whoever calls these has asked `features`.
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn adjacent_pairs(low: __m512, high: __m512) -> __m512 {
+    let pairs: __m512;
+    // SAFETY: an instruction on registers alone.
+    unsafe {
+        asm!("vcvtne2ps2bf16 {0}, {1}, {2}", out(zmm_reg) pairs, in(zmm_reg) high, in(zmm_reg) low,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    pairs
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn dot_pairs(a: __m512, b: __m512, mut c: __m512) -> __m512 {
+    // SAFETY: an instruction on registers alone.
+    unsafe {
+        asm!("vdpbf16ps {0}, {1}, {2}", inout(zmm_reg) c, in(zmm_reg) a, in(zmm_reg) b,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    c
 }

@@ -4,6 +4,7 @@ use super::{Grads, Node, ParamId, Params, Pool, Slot, Tape, Tensor, Var};
 use crate::error::Result;
 use crate::kernels::Beta;
 use crate::kernels::elementwise::add_assign;
+use crate::kernels::gemm::Precision;
 use crate::simd::Float;
 use crate::{bail, ensure};
 
@@ -23,6 +24,8 @@ pub struct Backward<'a, T: Float> {
     /// The parameters of the forward pass.
     pub params: &'a Params<T>,
     grads: &'a mut Grads<T>,
+    /// How exactly the large products are computed.
+    pub precision: Precision,
     /// Where buffers come from and go to.
     pub pool: &'a mut Pool<T>,
 }
@@ -142,7 +145,8 @@ impl<T: Float> Tape<T> {
         }
         while let Some(Node { output, saved, operation }) = self.nodes.pop() {
             if let Some(dy) = dvars[output.index as usize].take() {
-                let mut cx = Backward { slots: &self.slots, dvars: &mut dvars, params, grads, pool: &mut self.pool };
+                let (precision, pool) = (self.precision, &mut self.pool);
+                let mut cx = Backward { slots: &self.slots, dvars: &mut dvars, params, grads, precision, pool };
                 operation.backward(&mut cx, dy)?;
             }
             for var in saved {

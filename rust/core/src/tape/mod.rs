@@ -17,6 +17,7 @@ pub use tensor::{Pool, Tensor};
 
 use crate::bail;
 use crate::error::Result;
+use crate::kernels::gemm::Precision;
 use crate::rng::{Dropout, Key};
 use crate::simd::Float;
 use std::collections::HashMap;
@@ -63,6 +64,8 @@ pub struct Tape<T: Float> {
     uses: HashMap<u32, u64>,
     statistics: Vec<(StatId, Vec<T>)>,
     attention: Option<Vec<AttentionWeights<T>>>,
+    /// How exactly the large products are computed, forward and backward.
+    pub precision: Precision,
     /// Where buffers come from and go to.
     pub pool: Pool<T>,
 }
@@ -80,6 +83,7 @@ impl<T: Float> Tape<T> {
             uses: HashMap::new(),
             statistics: Vec::new(),
             attention: None,
+            precision: Precision::Full,
             pool,
         }
     }

@@ -303,7 +303,6 @@ fn settings_outside_their_domain_are_refused() {
         (TrainerConfig { label_smoothing: 1.0, ..config() }, "label_smoothing"),
         (TrainerConfig { clip_norm: Some(0.0), ..config() }, "clip_norm"),
         (TrainerConfig { clip_norm: Some(f64::NAN), ..config() }, "clip_norm"),
-        (TrainerConfig { compute: Compute::Bf16, ..config() }, "bf16"),
         (TrainerConfig { schedule: Schedule::Noam { warmup: 0 }, ..config() }, "warmup"),
         (TrainerConfig { freeze: vec!["nothing".into()], ..config() }, "nothing"),
     ] {

@@ -4,6 +4,7 @@ use super::{NO_DECAY, Optimizer, OptimizerState, Schedule, clip_scale, global_no
 use crate::checkpoint::NamedArray;
 use crate::error::Result;
 use crate::kernels::elementwise::scale_assign;
+use crate::kernels::gemm::Precision;
 use crate::models::{Batch, Transformer};
 use crate::ops::CrossEntropy;
 use crate::rng::Key;
@@ -111,11 +112,6 @@ impl TrainerConfig {
                 "Trainer: argument `clip_norm`: expected a finite number above 0, or none, got {clip}"
             );
         }
-        ensure!(
-            self.compute != Compute::Bf16,
-            Unsupported,
-            "Trainer: argument `compute`: bf16 is not available yet; use f32 or auto"
-        );
         Ok(())
     }
 }
@@ -249,9 +245,13 @@ impl Trainer {
         self.step
     }
 
-    /// The number type in use.
+    /// The number type in use: never `Auto`.
     pub fn compute(&self) -> Compute {
-        Compute::F32
+        match self.config.compute {
+            Compute::Auto if Precision::bf16_is_fast() => Compute::Bf16,
+            Compute::Auto => Compute::F32,
+            chosen => chosen,
+        }
     }
 
     /// Bytes that wait for the next step.
@@ -409,6 +409,7 @@ impl Trainer {
         for (micro, batch) in micro_batches.iter().enumerate() {
             let key = key.fold(micro as u64).fold(self.rank);
             let mut tape = Tape::training(std::mem::take(&mut self.pool), key);
+            tape.precision = if self.compute() == Compute::Bf16 { Precision::Bf16 } else { Precision::Full };
             let done = self.one_batch(model, params, batch, &mut tape, sum);
             let statistics = tape.take_statistics();
             self.pool = tape.into_pool();

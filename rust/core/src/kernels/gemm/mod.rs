@@ -11,6 +11,7 @@
 //! columns alone.
 
 mod epilogue;
+mod form;
 mod mat;
 mod pack;
 pub(super) mod stash;
@@ -21,6 +22,7 @@ mod tests;
 
 pub use super::Beta;
 pub use epilogue::{Activation, Affine, Epilogue, Identity, NoEpilogue};
+pub use form::Precision;
 pub use mat::{Mat, MatMut};
 
 use std::marker::PhantomData;
@@ -29,6 +31,7 @@ use std::ops::Range;
 use crate::error::Result;
 use crate::simd::{Buffer, Float};
 use crate::{ensure, kernel, threads};
+use form::{Exact, Form, Pairs, Rounded};
 use pack::panel_len;
 use tile::{KC, Operands};
 
@@ -76,7 +79,7 @@ impl<T: Float> PackedRhs<T> {
         let width = tile_shape::<T>().1;
         let (rows, cols) = b.shape();
         let mut panels = Buffer::zeroed(cols.div_ceil(width).saturating_mul(panel_len(rows, width)))?;
-        pack_panels(&mut panels, b, width, threads::num_threads())?;
+        pack_panels::<T, Exact>(&mut panels, b, width, threads::num_threads())?;
         Ok(PackedRhs { panels, rows, cols })
     }
 }
@@ -111,15 +114,36 @@ pub fn gemm<'a, T: Float, E: Epilogue<T>>(
     beta: Beta,
     epilogue: &E,
 ) -> Result<()> {
-    let work = c.rows.saturating_mul(c.cols).saturating_mul(a.cols);
-    if work < SERIAL_BELOW {
-        return product(c, a, b.into(), beta, epilogue, 1);
-    }
-    // One section for all regions of the product, if the caller has none.
-    threads::section(None, || product(c, a, b.into(), beta, epilogue, threads::num_threads()))
+    gemm_with(Precision::Full, c, a, b, beta, epilogue)
 }
 
-/// The same, bit for bit, on the calling thread alone: for use inside tasks.
+/// The same with factors of this precision. A packed factor is multiplied as it was packed, at full precision.
+pub fn gemm_with<'a, T: Float, E: Epilogue<T>>(
+    precision: Precision,
+    c: MatMut<T>,
+    a: Mat<T>,
+    b: impl Into<Rhs<'a, T>>,
+    beta: Beta,
+    epilogue: &E,
+) -> Result<()> {
+    let b = b.into();
+    let run = match (precision, b) {
+        (Precision::Full, _) | (_, Rhs::Packed(_)) => product::<T, E, Exact>,
+        // f64 is there for checks of f32, whose pairs would not fit.
+        (Precision::Bf16, _) if Precision::bf16_is_fast() && size_of::<T>() == size_of::<f32>() => {
+            product::<T, E, Pairs>
+        }
+        (Precision::Bf16, _) => product::<T, E, Rounded>,
+    };
+    let work = c.rows.saturating_mul(c.cols).saturating_mul(a.cols);
+    if work < SERIAL_BELOW {
+        return run(c, a, b, beta, epilogue, 1);
+    }
+    // One section for all regions of the product, if the caller has none.
+    threads::section(None, || run(c, a, b, beta, epilogue, threads::num_threads()))
+}
+
+/// The same as [`gemm`], bit for bit, on the calling thread alone: for use inside tasks.
 pub fn gemm_serial<'a, T: Float, E: Epilogue<T>>(
     c: MatMut<T>,
     a: Mat<T>,
@@ -127,10 +151,10 @@ pub fn gemm_serial<'a, T: Float, E: Epilogue<T>>(
     beta: Beta,
     epilogue: &E,
 ) -> Result<()> {
-    product(c, a, b.into(), beta, epilogue, 1)
+    product::<T, E, Exact>(c, a, b.into(), beta, epilogue, 1)
 }
 
-fn product<T: Float, E: Epilogue<T>>(
+fn product<T: Float, E: Epilogue<T>, F: Form>(
     c: MatMut<T>,
     a: Mat<T>,
     b: Rhs<T>,
@@ -148,19 +172,22 @@ fn product<T: Float, E: Epilogue<T>>(
     }
 
     let (tile_rows, tile_cols) = tile_shape::<T>();
-    let a_in_place = (a.col_stride == 1 || depth <= 1) && (a.row_stride <= FAR_APART || m < MANY_ROWS);
+    let a_in_place = F::IN_PLACE && (a.col_stride == 1 || depth <= 1) && (a.row_stride <= FAR_APART || m < MANY_ROWS);
     let pack_a = !a_in_place;
     // Of a transposed A the rows lie side by side: panels along K are copied as they are, rows would have to be turned.
-    let a_panels = pack_a && a.row_stride == 1;
+    let a_panels = pack_a && a.row_stride == 1 && a.col_stride != 1;
     let worth = m >= PACK_FROM_ROWS && depth * n > PACK_FROM;
-    let pack_b = matches!(b, Rhs::Plain(b) if b.col_stride != 1 || worth);
+    let pack_b = matches!(b, Rhs::Plain(b) if b.col_stride != 1 || worth || !F::IN_PLACE);
 
+    // From here on, steps along K are counted in units of the form.
+    let units = depth.div_ceil(F::STEPS);
+    let steps = |units: &Range<usize>| units.start * F::STEPS..depth.min(units.end * F::STEPS);
     // Slabs: what is packed at a time.
     let slab_rows = if pack_a { m.min(SLAB_ROWS) } else { m };
     let slab_cols = if pack_b { n.min(SLAB_COLS) } else { n };
     let deepest =
-        |pack: bool, numbers: usize, width: usize| if pack { (numbers / width / KC * KC).max(KC) } else { depth };
-    let slab_depth = depth.min(deepest(pack_a, SLAB_A, slab_rows)).min(deepest(pack_b, SLAB_B, slab_cols));
+        |pack: bool, numbers: usize, width: usize| if pack { (numbers / width / KC * KC).max(KC) } else { units };
+    let slab_depth = units.min(deepest(pack_a, SLAB_A, slab_rows)).min(deepest(pack_b, SLAB_B, slab_cols));
     // The gap keeps packed rows apart in the sets of the caches.
     let a_stride = slab_depth + GAP;
     let a_panel = if a_panels { panel_len(slab_depth, tile_rows) } else { tile_rows * a_stride };
@@ -169,20 +196,20 @@ fn product<T: Float, E: Epilogue<T>>(
 
     let out = Output { data: c.data.as_mut_ptr(), row_stride: c.row_stride, borrow: PhantomData };
     stash::with(b_len + a_len, |workspace| {
-        let (b_panels, a_packed) = workspace.split_at_mut(b_len);
+        let (b_packed, a_packed) = workspace.split_at_mut(b_len);
         for rows in blocks(m, slab_rows) {
-            for ks in blocks(depth, slab_depth) {
+            for ks in blocks(units, slab_depth) {
                 let (mut a_from, mut a_row, mut a_k) =
                     (a.data.as_ptr().wrapping_add(rows.start * a.row_stride + ks.start), a.row_stride, 1);
                 let mut a_panel = tile_rows * a_row;
                 if pack_a {
-                    let a = a.rows(rows.clone())?.columns(ks.clone())?;
+                    let a = a.rows(rows.clone())?.columns(steps(&ks))?;
                     a_from = a_packed.as_ptr();
                     if a_panels {
-                        pack_panels(a_packed, a.t(), tile_rows, workers)?;
+                        pack_panels::<T, F>(a_packed, a.t(), tile_rows, workers)?;
                         (a_row, a_k, a_panel) = (1, tile_rows, panel_len(ks.len(), tile_rows));
                     } else {
-                        pack_rows(a_packed, a_stride, a, workers)?;
+                        pack_rows::<T, F>(a_packed, a_stride, a, workers)?;
                         (a_row, a_panel) = (a_stride, tile_rows * a_stride);
                     }
                 }
@@ -192,8 +219,9 @@ fn product<T: Float, E: Epilogue<T>>(
                             (b.panels[ks.start * tile_cols..].as_ptr(), tile_cols, panel_len(depth, tile_cols))
                         }
                         Rhs::Plain(b) if pack_b => {
-                            pack_panels(b_panels, b.rows(ks.clone())?.columns(cols.clone())?, tile_cols, workers)?;
-                            (b_panels.as_ptr(), tile_cols, panel_len(ks.len(), tile_cols))
+                            let b = b.rows(steps(&ks))?.columns(cols.clone())?;
+                            pack_panels::<T, F>(b_packed, b, tile_cols, workers)?;
+                            (b_packed.as_ptr(), tile_cols, panel_len(ks.len(), tile_cols))
                         }
                         Rhs::Plain(b) => {
                             (b.data.as_ptr().wrapping_add(ks.start * b.row_stride), b.row_stride, tile_cols)
@@ -213,10 +241,10 @@ fn product<T: Float, E: Epilogue<T>>(
                         accumulate: beta == Beta::Add || ks.start > 0,
                     });
                     let grid = Grid::new(rows.len(), cols.len(), ks.len(), workers, (tile_rows, tile_cols));
-                    let last = ks.end == depth && E::ACTIVE;
+                    let last = ks.end == units && E::ACTIVE;
                     let task = |index| {
                         let (r, c) = grid.block(index);
-                        multiply(slab, r.clone(), c.clone());
+                        multiply::<T, F::Packed>(slab, r.clone(), c.clone());
                         if last {
                             finish(epilogue, out, shift(r, rows.start), shift(c, cols.start));
                         }
@@ -256,31 +284,31 @@ kernel! {
 }
 
 /// Packs `b`, K x columns, into panels.
-fn pack_panels<T: Float>(dst: &mut [T], b: Mat<T>, width: usize, workers: usize) -> Result<()> {
+fn pack_panels<T: Float, F: Form>(dst: &mut [T], b: Mat<T>, width: usize, workers: usize) -> Result<()> {
     let (depth, cols) = b.shape();
     if depth == 0 || cols == 0 {
         return Ok(());
     }
     let group = (threads::GRAIN / (depth * width)).clamp(1, 16);
-    let parts = dst.chunks_mut(group * panel_len(depth, width));
+    let parts = dst.chunks_mut(group * panel_len(depth.div_ceil(F::STEPS), width));
     let group = group * width;
     let parts = parts.zip((0..cols).step_by(group)).map(|(part, from)| (part, from..cols.min(from + group)));
     each(parts, workers, |(part, range)| {
         if let Ok(b) = b.columns(range) {
-            pack::pack_panels(part, b, width);
+            pack::pack_panels::<T, F>(part, b, width);
         }
     })
 }
 
 /// Packs the rows of `a`, `stride` apart.
-fn pack_rows<T: Float>(dst: &mut [T], stride: usize, a: Mat<T>, workers: usize) -> Result<()> {
+fn pack_rows<T: Float, F: Form>(dst: &mut [T], stride: usize, a: Mat<T>, workers: usize) -> Result<()> {
     let (rows, depth) = a.shape();
     let group = (threads::GRAIN / depth.max(1)).clamp(16, 64);
     let parts = dst.chunks_mut(group * stride);
     let parts = parts.zip((0..rows).step_by(group)).map(|(part, from)| (part, from..rows.min(from + group)));
     each(parts, workers, |(part, range)| {
         if let Ok(a) = a.rows(range) {
-            pack::pack_rows(part, stride, a);
+            pack::pack_rows::<T, F>(part, stride, a);
         }
     })
 }
@@ -352,7 +380,10 @@ unsafe impl<T: Send + Sync> Sync for Slab<T> {}
 
 kernel! {
     /// One block of C: panel by panel of B, and for each the rows of A.
-    fn multiply<T>(s: S; slab: Slab<T>, rows: Range<usize>, cols: Range<usize>) {
+    fn multiply<T, F: Form>(s: S; slab: Slab<T>, rows: Range<usize>, cols: Range<usize>) {
+        if const { F::STEPS > 1 && !S::PAIRS } {
+            unreachable!("`product` chose a form that this path lacks");
+        }
         let Slab(slab) = slab;
         let (tile_rows, tile_cols) = (S::TILE_ROWS, S::TILE_VECTORS * S::LANES);
         // With one tile of rows a panel is read once only: no need to keep it in the L1 cache.
@@ -387,9 +418,9 @@ kernel! {
                     // has these elements of C.
                     unsafe {
                         if left < tile_cols {
-                            tile::partial(s, count, left, &o);
+                            tile::partial::<T, S, F>(s, count, left, &o);
                         } else {
-                            tile::whole(s, count, panels, &o);
+                            tile::whole::<T, S, F>(s, count, panels, &o);
                         }
                     }
                     row += count;

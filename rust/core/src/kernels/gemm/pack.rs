@@ -1,7 +1,9 @@
-//! Operands rearranged in the order of use: B as panels of the tile's width, along K without gaps; A as contiguous rows.
+//! Operands rearranged in the order of use, in units of their form: B as panels of the tile's width, along K without gaps;
+//! A as contiguous rows, or as panels of the tile's height.
 
 use super::Mat;
-use crate::simd::{Float, Simd};
+use super::form::Form;
+use crate::simd::{Float, MAX_LANES, Simd};
 
 /// From one panel to the next: a row more than the panel has, so that rows of panels side by side do not fall on the
 /// same set of the caches.
@@ -10,27 +12,34 @@ pub(super) fn panel_len(depth: usize, width: usize) -> usize {
 }
 
 crate::kernel! {
-    /// Panel p of `dst` holds the columns p · width.. of `b` (K x columns), row after row; columns that `b` lacks are
-    /// zeros.
-    pub(super) fn pack_panels<'a, T>(s: S; dst: &'a mut [T], b: Mat<'a, T>, width: usize) {
+    /// Panel p of `dst` holds the columns p · width.. of `b` (K x columns), row after row of units; columns and steps that
+    /// `b` lacks are zeros.
+    pub(super) fn pack_panels<'a, T, F: Form>(s: S; dst: &'a mut [T], b: Mat<'a, T>, width: usize) {
+        if const { F::STEPS > 1 && !S::PAIRS } {
+            unreachable!("`product` chose a form that this path lacks");
+        }
         let (depth, cols) = b.shape();
-        let len = panel_len(depth, width);
+        let units = depth.div_ceil(F::STEPS);
+        let len = panel_len(units, width);
         assert!(dst.len() >= cols.div_ceil(width) * len);
         if b.col_stride == 1 {
-            copy_panels(s, dst, b, width);
+            copy_panels::<T, S, F>(s, dst, b, width);
             return;
         }
-        // A panel made of whole vectors is filled by transposing squares.
+        // A panel made of whole vectors is filled by turning squares.
         let whole = if width.is_multiple_of(S::LANES) { cols / width * width } else { 0 };
         for col in (0..whole).step_by(S::LANES) {
             let panel = &mut dst[col / width * len..][..len];
-            transpose(s, &mut panel[col % width..], width, b.t(), col);
+            turn::<T, S, F>(s, &mut panel[col % width..], width, b.t(), col);
         }
         for from in (whole..cols).step_by(width) {
             let used = width.min(cols - from);
-            for (k, row) in dst[from / width * len..].chunks_exact_mut(width).take(depth).enumerate() {
-                for (j, x) in row.iter_mut().enumerate() {
-                    *x = if j < used { b.at(k, from + j) } else { T::ZERO };
+            for (u, row) in dst[from / width * len..].chunks_exact_mut(width).take(units).enumerate() {
+                for (v, row) in row.chunks_mut(S::LANES).enumerate() {
+                    let column = |j: usize| (v * S::LANES + j < used).then_some(from + v * S::LANES + j);
+                    let step = |k: usize| gather(s, |j| column(j).filter(|_| k < depth).map(|j| b.at(k, j)));
+                    let second = if const { F::STEPS == 2 } { step(u * F::STEPS + 1) } else { s.zero() };
+                    s.store_first(F::unit(s, step(u * F::STEPS), second), row);
                 }
             }
         }
@@ -40,9 +49,10 @@ crate::kernel! {
 /// `pack_panels` of contiguous rows. Every piece is written as whole vectors: what a vector has too much lands where the
 /// next row is written afterwards, or in the row that a panel has to spare.
 #[inline(always)]
-fn copy_panels<T: Float, S: Simd<T>>(s: S, dst: &mut [T], b: Mat<T>, width: usize) {
+fn copy_panels<T: Float, S: Simd<T>, F: Form>(s: S, dst: &mut [T], b: Mat<T>, width: usize) {
     let (depth, cols) = b.shape();
-    let (len, reach) = (panel_len(depth, width), width.next_multiple_of(S::LANES));
+    let units = depth.div_ceil(F::STEPS);
+    let (len, reach) = (panel_len(units, width), width.next_multiple_of(S::LANES));
     assert!(depth == 0 || cols == 0 || (depth - 1) * b.row_stride + cols <= b.data.len());
     assert!(reach <= 2 * width && dst.len() >= cols.div_ceil(width) * len);
     // Panels whose last vector is inside the row. A few at a time: more of them written at once are slower than short
@@ -51,15 +61,18 @@ fn copy_panels<T: Float, S: Simd<T>>(s: S, dst: &mut [T], b: Mat<T>, width: usiz
     let group = (128 / width).max(1);
     for first in (0..inside).step_by(group) {
         let group = group.min(inside - first);
-        for k in 0..depth {
-            // SAFETY: by the assertions row k has `cols` columns, and a panel has room for `reach` from its row k on.
+        for u in 0..units {
+            let k = u * F::STEPS;
+            let paired = F::STEPS == 2 && k + 1 < depth;
+            // SAFETY: by the assertions row k has `cols` columns, and a panel has room for `reach` from its row u on.
             unsafe {
                 let mut from = b.data.as_ptr().add(k * b.row_stride + first * width);
-                let mut to = dst.as_mut_ptr().add(first * len + k * width);
+                let mut to = dst.as_mut_ptr().add(first * len + u * width);
                 for _ in 0..group {
                     let mut v = 0;
                     while v < width {
-                        s.store_ptr(s.load_ptr(from.add(v)), to.add(v));
+                        let second = if paired { s.load_ptr(from.add(b.row_stride + v)) } else { s.zero() };
+                        s.store_ptr(F::unit(s, s.load_ptr(from.add(v)), second), to.add(v));
                         v += S::LANES;
                     }
                     from = from.add(width);
@@ -69,16 +82,18 @@ fn copy_panels<T: Float, S: Simd<T>>(s: S, dst: &mut [T], b: Mat<T>, width: usiz
         }
     }
     for panel in inside..panels {
-        for k in 0..depth {
+        for u in 0..units {
+            let k = u * F::STEPS;
             for v in (0..width).step_by(S::LANES) {
                 let used = (cols - panel * width).saturating_sub(v).min(S::LANES);
                 // SAFETY: as above, for the columns that are left.
                 unsafe {
-                    let from = b.data.as_ptr().wrapping_add(k * b.row_stride + panel * width + v);
-                    s.store_ptr(
-                        s.load_ptr_first(from, used, T::ZERO),
-                        dst.as_mut_ptr().add(panel * len + k * width + v),
-                    );
+                    let row = |k: usize| {
+                        let from = b.data.as_ptr().wrapping_add(k * b.row_stride + panel * width + v);
+                        s.load_ptr_first(from, used, T::ZERO)
+                    };
+                    let second = if F::STEPS == 2 && k + 1 < depth { row(k + 1) } else { s.zero() };
+                    s.store_ptr(F::unit(s, row(k), second), dst.as_mut_ptr().add(panel * len + u * width + v));
                 }
             }
         }
@@ -86,49 +101,72 @@ fn copy_panels<T: Float, S: Simd<T>>(s: S, dst: &mut [T], b: Mat<T>, width: usiz
 }
 
 crate::kernel! {
-    /// The rows of `a`, each contiguous, `stride` apart.
-    pub(super) fn pack_rows<'a, T>(s: S; dst: &'a mut [T], stride: usize, a: Mat<'a, T>) {
+    /// The rows of `a` as contiguous units, `stride` apart; steps that `a` lacks are zeros.
+    pub(super) fn pack_rows<'a, T, F: Form>(s: S; dst: &'a mut [T], stride: usize, a: Mat<'a, T>) {
+        if const { F::STEPS > 1 && !S::PAIRS } {
+            unreachable!("`product` chose a form that this path lacks");
+        }
         let (rows, depth) = a.shape();
-        if a.col_stride == 1 {
-            for (i, dst) in dst.chunks_mut(stride).take(rows).enumerate() {
-                dst[..depth].copy_from_slice(&a.data[i * a.row_stride..][..depth]);
-            }
-            return;
-        }
-        // Strips of LANES steps along K: their source rows are read from end to end.
-        let a = a.t();
-        let whole = depth / S::LANES * S::LANES;
-        for k in (0..whole).step_by(S::LANES) {
-            transpose(s, &mut dst[k..], stride, a, k);
-        }
+        let units = depth.div_ceil(F::STEPS);
         for (i, dst) in dst.chunks_mut(stride).take(rows).enumerate() {
-            for (k, x) in dst.iter_mut().enumerate().take(depth).skip(whole) {
-                *x = a.at(k, i);
+            let row = (a.col_stride == 1).then(|| &a.data[i * a.row_stride..][..depth]);
+            for (v, dst) in dst[..units].chunks_mut(S::LANES).enumerate() {
+                let part = |from: usize| match row {
+                    Some(row) => s.load_first(row.get(from..).unwrap_or_default(), T::ZERO),
+                    None => gather(s, |k| (from + k < depth).then(|| a.at(i, from + k))),
+                };
+                let from = v * S::LANES * F::STEPS;
+                let high = if const { F::STEPS == 2 } { part(from + S::LANES) } else { s.zero() };
+                s.store_first(F::adjacent(s, part(from), high), dst);
             }
         }
     }
 }
 
-/// LANES rows of `src`, from `row` on, become columns of `dst`: `dst[j * stride + i] = src[row + i][j]`.
+/// A vector of what `number` gives for its lanes; zero for nothing.
 #[inline(always)]
-fn transpose<T: Float, S: Simd<T>>(s: S, dst: &mut [T], stride: usize, src: Mat<T>, row: usize) {
+fn gather<T: Float, S: Simd<T>>(s: S, number: impl Fn(usize) -> Option<T>) -> S::V {
+    let mut lanes = [T::ZERO; MAX_LANES];
+    for (i, lane) in lanes[..S::LANES].iter_mut().enumerate() {
+        *lane = number(i).unwrap_or(T::ZERO);
+    }
+    s.load(&lanes)
+}
+
+/// LANES rows of `src`, from `row` on, become columns of `dst`: unit j of row i goes to `dst[j * stride + i]`.
+#[inline(always)]
+fn turn<T: Float, S: Simd<T>, F: Form>(s: S, dst: &mut [T], stride: usize, src: Mat<T>, row: usize) {
     let cols = src.shape().1;
+    let units = cols.div_ceil(F::STEPS);
     let mut done = 0;
-    if src.col_stride == 1 && cols >= S::LANES {
-        done = cols / S::LANES * S::LANES;
-        let last = (row + S::LANES - 1) * src.row_stride + done;
+    if src.col_stride == 1 && cols >= S::LANES * F::STEPS {
+        let step = S::LANES * F::STEPS;
+        done = cols / step * S::LANES;
+        let last = (row + S::LANES - 1) * src.row_stride + done * F::STEPS;
         assert!(last <= src.data.len() && (done - 1) * stride + S::LANES <= dst.len() && stride >= S::LANES);
         for j in (0..done).step_by(S::LANES) {
             // SAFETY: the last number read and the last one written lie inside the slices.
             unsafe {
-                let from = src.data.as_ptr().add(row * src.row_stride + j);
-                s.transpose_ptr(from, src.row_stride, dst.as_mut_ptr().add(j * stride), stride);
+                let from = src.data.as_ptr().add(row * src.row_stride + j * F::STEPS);
+                let to = dst.as_mut_ptr().add(j * stride);
+                if F::IN_PLACE {
+                    s.transpose_ptr(from, src.row_stride, to, stride);
+                    continue;
+                }
+                let mut square = [T::ZERO; MAX_LANES * MAX_LANES];
+                for i in 0..S::LANES {
+                    let from = from.add(i * src.row_stride);
+                    let high = if F::STEPS == 2 { s.load_ptr(from.add(S::LANES)) } else { s.zero() };
+                    let units = F::adjacent(s, s.load_ptr(from), high);
+                    s.store_ptr(units, square.as_mut_ptr().add(i * S::LANES));
+                }
+                s.transpose_ptr(square.as_ptr(), S::LANES, to, stride);
             }
         }
     }
-    for j in done..cols {
-        for i in 0..S::LANES {
-            dst[j * stride + i] = src.at(row + i, j);
-        }
+    for j in done..units {
+        let step = |k: usize| gather(s, |i| (k < cols).then(|| src.at(row + i, k)));
+        let second = if const { F::STEPS == 2 } { step(j * F::STEPS + 1) } else { s.zero() };
+        s.store(F::unit(s, step(j * F::STEPS), second), &mut dst[j * stride..]);
     }
 }

@@ -54,7 +54,7 @@ fn matches_reference<T: Float>(m: usize, n: usize, k: usize, a_kind: usize, b_ki
         for (rhs, workers) in [(Rhs::Plain(b), 2), (Rhs::Plain(b), 1), (Rhs::Packed(&packed), 2)] {
             let mut c = before.clone();
             let out = MatMut::with_stride(&mut c, m, n, stride).unwrap();
-            product(out, a, rhs, beta, &NoEpilogue, workers).unwrap();
+            product::<T, _, Exact>(out, a, rhs, beta, &NoEpilogue, workers).unwrap();
             for (at, (c, before)) in c.iter().zip(&before).enumerate() {
                 let (i, j) = (at / stride, at % stride);
                 if i < m && j < n {
@@ -252,4 +252,60 @@ fn wrong_shapes_are_errors() {
     let c = MatMut::new(&mut out, 3, 3).unwrap();
     let error = gemm(c, a, a.t(), Beta::Assign, &Affine::bias(&data[..4])).unwrap_err();
     assert!(matches!(error, Error::Shape(text) if text.contains("bias")));
+}
+
+/// x with the 8 significant bits of bf16, ties to even.
+fn bf16(x: f32) -> f32 {
+    half::bf16::from_f32(x).to_f32()
+}
+
+#[test]
+fn bf16_is_the_product_of_rounded_factors() {
+    let shapes = [(1, 1, 1), (3, 7, 5), (13, 33, 2), (70, 40, 129), (200, 300, 64), (97, 530, 1100), (12, 32, 1025)];
+    for (m, n, k) in shapes {
+        for (left, right) in [(0, 0), (1, 0), (0, 1), (1, 1), (2, 2), (3, 3)] {
+            let (mut a, mut b) = (Vec::new(), Vec::new());
+            let (a, b) = (view::<f32>(&mut a, m, k, left, 20), view::<f32>(&mut b, k, n, right, 21));
+            let mut rounded = (Vec::new(), Vec::new());
+            rounded.0.extend((0..m * k).map(|i| bf16(a.at(i / k, i % k))));
+            rounded.1.extend((0..k * n).map(|i| bf16(b.at(i / n, i % n))));
+            let exact =
+                gemm_reference(Mat::new(&rounded.0, m, k).unwrap(), Mat::new(&rounded.1, k, n).unwrap(), &|_, _| 1.0);
+            let run = |threads| {
+                let mut c = vec![1.0f32; m * n];
+                let out = MatMut::new(&mut c, m, n).unwrap();
+                with_local_limit(threads, || gemm_with(Precision::Bf16, out, a, b, Beta::Add, &NoEpilogue)).unwrap();
+                c
+            };
+            let c = run(1);
+            for (c, exact) in c.iter().zip(&exact) {
+                // Ties may be rounded either way, which nobody but this test can tell apart: none in these numbers.
+                assert!(
+                    (f64::from(*c) - exact).abs() < 3e-6 * (k as f64).sqrt() + 1e-6,
+                    "{m} {n} {k}: {c}, not {exact}"
+                );
+            }
+            assert!(run(3) == c && run(7) == c, "the number of threads shows");
+            let last = m - 1;
+            let mut alone = vec![1.0f32; n];
+            let out = MatMut::new(&mut alone, 1, n).unwrap();
+            gemm_with(Precision::Bf16, out, a.rows(last..m).unwrap(), b, Beta::Add, &NoEpilogue).unwrap();
+            assert_eq!(alone, c[last * n..], "a row's bits depend on the others");
+        }
+    }
+}
+
+#[test]
+fn bf16_keeps_infinities_and_nan() {
+    for special in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 3e38] {
+        let a = [special, 1.0, 1.0, 1.0];
+        let mut c = [0.0f32; 2];
+        let (a, b) = (Mat::new(&a, 2, 2).unwrap(), Mat::new(&[1.0, 1.0], 2, 1).unwrap());
+        gemm_with(Precision::Bf16, MatMut::new(&mut c, 2, 1).unwrap(), a, b, Beta::Assign, &NoEpilogue).unwrap();
+        assert!(
+            c[1] == 2.0
+                && (c[0] == special + 1.0 || (c[0] / special - 1.0).abs() < 0.01 || special.is_nan() && c[0].is_nan()),
+            "{c:?}"
+        );
+    }
 }

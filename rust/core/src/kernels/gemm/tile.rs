@@ -3,9 +3,10 @@
 // Loops over rows, panels and vectors read like the formula; iterators would hide it.
 #![allow(clippy::needless_range_loop)]
 
+use super::form::Form;
 use crate::simd::{Float, Simd, prefetch};
 
-/// Depth of a block along K: its panel of B (KC · NR numbers) stays in the L1 cache while the rows of A pass by. No bit
+/// Depth of a block along K, in units of the form: its panel of B (KC · NR numbers) stays in the L1 cache while the rows of A pass by. No bit
 /// depends on it, because the accumulators of a later block start from C.
 pub(super) const KC: usize = 512;
 
@@ -13,6 +14,7 @@ pub(super) const KC: usize = 512;
 /// of the tile's `rows` x `k`, `k` x `cols` and `rows` x `cols` elements.
 #[derive(Clone, Copy)]
 pub(super) struct Operands<T> {
+    /// Units along K.
     pub k: usize,
     pub a: *const T,
     pub a_row: usize,
@@ -42,21 +44,21 @@ pub(super) const fn panels_at_once(rows: usize) -> usize {
 /// # Safety
 /// The operands are valid as `Operands` says, with C not aliased.
 #[inline(always)]
-pub(super) unsafe fn whole<T: Float, S: Simd<T>>(s: S, rows: usize, panels: usize, o: &Operands<T>) {
+pub(super) unsafe fn whole<T: Float, S: Simd<T>, F: Form>(s: S, rows: usize, panels: usize, o: &Operands<T>) {
     // SAFETY: the caller's promise.
     unsafe {
         // `if const`, so that only what this token needs is compiled.
         if const { S::TILE_VECTORS == 1 } {
             match panels {
-                4 => tile::<T, S, 1, 4, 1, false>(s, o, 0),
-                2 => tile::<T, S, 2, 2, 1, false>(s, o, 0),
-                _ => single::<T, S, 1, false>(s, rows, o, 0),
+                4 => tile::<T, S, F, 1, 4, 1, false>(s, o, 0),
+                2 => tile::<T, S, F, 2, 2, 1, false>(s, o, 0),
+                _ => single::<T, S, F, 1, false>(s, rows, o, 0),
             }
         } else {
             match panels {
-                4 => tile::<T, S, 1, 4, 2, false>(s, o, 0),
-                2 => tile::<T, S, 2, 2, 2, false>(s, o, 0),
-                _ => single::<T, S, 2, false>(s, rows, o, 0),
+                4 => tile::<T, S, F, 1, 4, 2, false>(s, o, 0),
+                2 => tile::<T, S, F, 2, 2, 2, false>(s, o, 0),
+                _ => single::<T, S, F, 2, false>(s, rows, o, 0),
             }
         }
     }
@@ -66,20 +68,20 @@ pub(super) unsafe fn whole<T: Float, S: Simd<T>>(s: S, rows: usize, panels: usiz
 /// # Safety
 /// As for `whole`.
 #[inline(always)]
-pub(super) unsafe fn partial<T: Float, S: Simd<T>>(s: S, rows: usize, cols: usize, o: &Operands<T>) {
+pub(super) unsafe fn partial<T: Float, S: Simd<T>, F: Form>(s: S, rows: usize, cols: usize, o: &Operands<T>) {
     // SAFETY: the caller's promise.
     unsafe {
         if const { S::TILE_VECTORS == 1 } {
-            single::<T, S, 1, true>(s, rows, o, cols)
+            single::<T, S, F, 1, true>(s, rows, o, cols)
         } else {
-            single::<T, S, 2, true>(s, rows, o, cols)
+            single::<T, S, F, 2, true>(s, rows, o, cols)
         }
     }
 }
 
 /// One panel, any number of rows.
 #[inline(always)]
-unsafe fn single<T: Float, S: Simd<T>, const V: usize, const PART: bool>(
+unsafe fn single<T: Float, S: Simd<T>, F: Form, const V: usize, const PART: bool>(
     s: S,
     rows: usize,
     o: &Operands<T>,
@@ -91,7 +93,7 @@ unsafe fn single<T: Float, S: Simd<T>, const V: usize, const PART: bool>(
                 $($r => {
                     if const { $r <= S::TILE_ROWS } {
                         // SAFETY: the caller's promise.
-                        unsafe { tile::<T, S, $r, 1, V, PART>(s, o, cols) }
+                        unsafe { tile::<T, S, F, $r, 1, V, PART>(s, o, cols) }
                     }
                 })*
                 _ => unreachable!("a tile has at most TILE_ROWS rows"),
@@ -103,7 +105,7 @@ unsafe fn single<T: Float, S: Simd<T>, const V: usize, const PART: bool>(
 
 /// R rows, P panels of V vectors; only the first `cols` columns where PART.
 #[inline(always)]
-unsafe fn tile<T: Float, S: Simd<T>, const R: usize, const P: usize, const V: usize, const PART: bool>(
+unsafe fn tile<T: Float, S: Simd<T>, F: Form, const R: usize, const P: usize, const V: usize, const PART: bool>(
     s: S,
     o: &Operands<T>,
     cols: usize,
@@ -140,7 +142,7 @@ unsafe fn tile<T: Float, S: Simd<T>, const R: usize, const P: usize, const V: us
                 let x = s.splat(*a[r].add(step));
                 for p in 0..P {
                     for v in 0..V {
-                        sum[r][p][v] = s.mul_add(x, row[p][v], sum[r][p][v]);
+                        sum[r][p][v] = F::multiply_add(s, x, row[p][v], sum[r][p][v]);
                     }
                 }
             }

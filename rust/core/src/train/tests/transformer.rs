@@ -53,11 +53,13 @@ fn train(
 
 #[test]
 fn twenty_steps_are_the_same_for_any_number_of_threads() {
-    for norm in [NormKind::Layer, NormKind::Batch] {
+    for (norm, compute) in
+        [(NormKind::Layer, Compute::F32), (NormKind::Batch, Compute::F32), (NormKind::Layer, Compute::Bf16)]
+    {
         let run = |threads| {
             with_local_limit(threads, || {
                 let (model, mut params) = transformer(norm, None);
-                let mut trainer = Trainer::new(config(), &mut params).unwrap();
+                let mut trainer = Trainer::new(TrainerConfig { compute, ..config() }, &mut params).unwrap();
                 let results = train(&mut trainer, &model, &mut params, 0..20);
                 let losses = trainer.evaluate(&model, &params, &[reversed(99, 30)]).unwrap();
                 (results, losses, bits(&params))
@@ -66,9 +68,25 @@ fn twenty_steps_are_the_same_for_any_number_of_threads() {
         let one = run(1);
         assert!(one.0[19].nll < one.0[0].nll - 0.3, "{:?}", one.0);
         for threads in [2, 3, 7] {
-            assert!(run(threads) == one, "{norm:?}, {threads} threads");
+            assert!(run(threads) == one, "{norm:?}, {compute:?}, {threads} threads");
         }
     }
+}
+
+#[test]
+fn bf16_learns_what_f32_learns() {
+    let run = |compute| {
+        let (model, mut params) = transformer(NormKind::Layer, None);
+        let mut trainer = Trainer::new(TrainerConfig { compute, ..config() }, &mut params).unwrap();
+        train(&mut trainer, &model, &mut params, 0..60)
+    };
+    let (full, half) = (run(Compute::F32), run(Compute::Bf16));
+    assert!(full != half, "factors are rounded");
+    for (full, half) in full.iter().zip(&half) {
+        assert!((full.loss / half.loss - 1.0).abs() < 0.03, "{full:?} {half:?}");
+        assert!((full.grad_norm / half.grad_norm - 1.0).abs() < 0.2, "{full:?} {half:?}");
+    }
+    assert!(half[59].loss < 0.8 * half[0].loss, "{half:?}");
 }
 
 #[test]

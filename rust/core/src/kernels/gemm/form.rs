@@ -1,0 +1,111 @@
+//! The form in which the factors of a product are multiplied: as they are, or rounded to bf16.
+
+use crate::simd::{Float, Isa, Simd, features, isa};
+
+/// How exactly the factors of a product enter it. Sums and results are never rounded to less than the type holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// As they are.
+    #[default]
+    Full,
+    /// Rounded to the 8 significant bits of bf16 (Kalamkar et al. 2019), the exponents of f32.
+    Bf16,
+}
+
+impl Precision {
+    /// Whether products of bf16 numbers are faster than those of f32 on the path in use.
+    pub fn bf16_is_fast() -> bool {
+        isa() == Ok(Isa::Avx512) && features().fast_bf16
+    }
+}
+
+/// What packed operands are made of: units of `STEPS` steps along K, each as wide as a `T`.
+pub(super) trait Form: Copy + Send + Sync + 'static {
+    /// Steps along K in a unit.
+    const STEPS: usize;
+    /// Whether operands may be read where they lie.
+    const IN_PLACE: bool;
+    /// How packed operands are multiplied.
+    type Packed: Form;
+
+    /// Units of LANES columns, from one row of a factor and, with two steps, the row behind it.
+    fn unit<T: Float, S: Simd<T>>(s: S, first: S::V, second: S::V) -> S::V;
+    /// LANES units of one row that is contiguous along K, from its next numbers and, with two steps, those behind them.
+    fn adjacent<T: Float, S: Simd<T>>(s: S, low: S::V, high: S::V) -> S::V;
+    /// c + a · b, over the steps of the units.
+    fn multiply_add<T: Float, S: Simd<T>>(s: S, a: S::V, b: S::V, c: S::V) -> S::V;
+}
+
+/// Numbers as they are.
+#[derive(Clone, Copy)]
+pub(super) struct Exact;
+
+/// Numbers rounded to what bf16 holds, for a CPU without its products.
+#[derive(Clone, Copy)]
+pub(super) struct Rounded;
+
+/// Two bf16 numbers side by side, for [`Simd::dot_pairs`].
+#[derive(Clone, Copy)]
+pub(super) struct Pairs;
+
+impl Form for Exact {
+    const STEPS: usize = 1;
+    const IN_PLACE: bool = true;
+    type Packed = Exact;
+
+    #[inline(always)]
+    fn unit<T: Float, S: Simd<T>>(_: S, first: S::V, _: S::V) -> S::V {
+        first
+    }
+    #[inline(always)]
+    fn adjacent<T: Float, S: Simd<T>>(_: S, low: S::V, _: S::V) -> S::V {
+        low
+    }
+    #[inline(always)]
+    fn multiply_add<T: Float, S: Simd<T>>(s: S, a: S::V, b: S::V, c: S::V) -> S::V {
+        s.mul_add(a, b, c)
+    }
+}
+
+impl Form for Rounded {
+    const STEPS: usize = 1;
+    const IN_PLACE: bool = false;
+    type Packed = Exact;
+
+    #[inline(always)]
+    fn unit<T: Float, S: Simd<T>>(s: S, first: S::V, _: S::V) -> S::V {
+        // Dekker's splitting (1971): the upper bits of x, rounded to the nearest. 8 of f32's 24 bits stay.
+        let split = s.splat(T::from_f64(2.0 / T::EPSILON.to_f64() / 256.0 + 1.0));
+        let scaled = s.mul(first, split);
+        let upper = s.sub(scaled, s.sub(scaled, first));
+        // What would overflow is infinite, or as good as that for a product.
+        s.select(s.lt(s.abs(first), s.splat(T::from_f64(1e33))), upper, first)
+    }
+    #[inline(always)]
+    fn adjacent<T: Float, S: Simd<T>>(s: S, low: S::V, high: S::V) -> S::V {
+        Self::unit(s, low, high)
+    }
+    #[inline(always)]
+    fn multiply_add<T: Float, S: Simd<T>>(s: S, a: S::V, b: S::V, c: S::V) -> S::V {
+        s.mul_add(a, b, c)
+    }
+}
+
+impl Form for Pairs {
+    const STEPS: usize = 2;
+    const IN_PLACE: bool = false;
+    type Packed = Pairs;
+
+    #[inline(always)]
+    fn unit<T: Float, S: Simd<T>>(s: S, first: S::V, second: S::V) -> S::V {
+        s.pairs(first, second)
+    }
+    #[inline(always)]
+    fn adjacent<T: Float, S: Simd<T>>(s: S, low: S::V, high: S::V) -> S::V {
+        s.adjacent_pairs(low, high)
+    }
+    #[inline(always)]
+    fn multiply_add<T: Float, S: Simd<T>>(s: S, a: S::V, b: S::V, c: S::V) -> S::V {
+        s.dot_pairs(a, b, c)
+    }
+}
