@@ -62,10 +62,9 @@ fn affine<T: Float>(
     let wanted = tape.wants(params, &[x], weights) || tape.wants(params, &[], biases);
     let mut y = tape.pool.tensor(rows, o)?;
     let b = (!biases.is_empty()).then(|| params.group(biases));
-    // Few rows do not pay for packing the weight again; a pass that records is soon followed by another weight.
-    let packed = (!tape.is_recording() && rows <= FEW_ROWS && tape.precision == Precision::Full)
-        .then(|| params.packed(weights, o, d))
-        .transpose()?;
+    // Packing a weight again costs as much as some ten rows; a pass that records is soon followed by another weight.
+    let keeps = !tape.is_recording() && tape.precision == Precision::Full;
+    let packed = keeps.then(|| params.packed(weights, o, d)).transpose()?;
     let w = match &packed {
         Some(packed) => Rhs::Packed(packed),
         None => transposed(params.group(weights), o, d)?,
@@ -109,9 +108,6 @@ fn check<T: Float>(params: &Params<T>, d: usize, weights: &[ParamId], biases: &[
     }
     Ok(widths)
 }
-
-/// Rows of a step of decoding, mostly.
-const FEW_ROWS: usize = 64;
 
 /// Wᵀ of a weight (out, in), where it lies.
 pub(super) fn transposed<T: Float>(w: &[T], outputs: usize, inputs: usize) -> Result<Rhs<'_, T>> {
