@@ -10,7 +10,9 @@ from typing import Any
 from . import _core, errors, functional, nn, schedules
 from ._core import __version__
 from ._vjp import vjp
+from .bert import Bert
 from .config import TransformerConfig
+from .encoder import EncoderConfig, EncoderModel
 from .errors import (
     CheckpointError,
     ConfigError,
@@ -36,9 +38,12 @@ __all__ = [
     "Adam",
     "AdamW",
     "Attention",
+    "Bert",
     "CheckpointError",
     "ConfigError",
     "DTypeError",
+    "EncoderConfig",
+    "EncoderModel",
     "Evaluation",
     "Hypothesis",
     "InternalError",

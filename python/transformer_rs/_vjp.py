@@ -70,7 +70,10 @@ def method(forward: Callable[Concatenate[S, P], Forward]) -> Callable[Concatenat
 
 
 def _forward_of(f: Any) -> Callable[..., Forward] | None:
-    """How `f` is computed: a function itself, or a layer by the call of its class."""
+    """How `f` is computed: a function itself, a layer by the call of its class, or a method of a layer."""
+    if inspect.ismethod(f):
+        forward = _FORWARD.get(f.__func__)
+        return None if forward is None else partial(forward, f.__self__)
     forward = _FORWARD.get(type(f).__call__)
     if forward is not None:
         return partial(forward, f)
@@ -133,7 +136,7 @@ def vjp(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Any, Pullb
     """Call ``f`` and remember the way back (a vector–Jacobian product, reverse mode).
 
     Args:
-        f: A function of ``tr.functional`` or a layer of ``tr.nn``.
+        f: A function of ``tr.functional``, a layer of ``tr.nn``, or a ``tr.EncoderModel``, its ``embed`` or its ``logits``.
         *args: Its positional arguments: each gets a gradient.
         **kwargs: Its keyword arguments: constants.
 

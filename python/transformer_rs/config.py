@@ -1,20 +1,16 @@
 """What a Transformer is made of."""
 
-import dataclasses
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from . import _core
-from ._values import as_json
-from .errors import ConfigError
+from ._config import Checked
 
 __all__ = ["TransformerConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
+class TransformerConfig(Checked):
     """The encoder-decoder Transformer of "Attention Is All You Need" (Vaswani et al. 2017) and its usual variants.
 
     Args:
@@ -50,6 +46,12 @@ class TransformerConfig:
     True
     """
 
+    _needed = ("src_vocab", "tgt_vocab")
+
+    @staticmethod
+    def _check(text: str) -> str:
+        return _core.check_config(text)
+
     src_vocab: int
     tgt_vocab: int
     d_model: int = 512
@@ -72,54 +74,3 @@ class TransformerConfig:
     pad_id: int | None = 0
     bos_id: int = 1
     eos_id: int = 2
-
-    def __new__(cls, *_: Any, **values: Any) -> "TransformerConfig":
-        """Refuse unknown keys before the fields are set, naming the nearest."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in names:
-                import difflib
-
-                near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
-                raise ConfigError(f"TransformerConfig: unknown key {key!r}; did you mean {near!r}?")
-        return super().__new__(cls)
-
-    def __post_init__(self) -> None:
-        """Let the engine check every field; they stay as it reads them (NumPy's numbers become Python's)."""
-        checked = json.loads(_core.check_config(as_json("TransformerConfig", self.to_dict())))
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "TransformerConfig":
-        """Make a config from a mapping; an unknown key is an error that names the nearest field.
-
-        >>> import transformer_rs as tr
-        >>> tr.TransformerConfig.from_dict({"src_vocab": 9, "tgt_vocab": 9, "n_head": 2})
-        Traceback (most recent call last):
-            ...
-        transformer_rs.errors.ConfigError: TransformerConfig: unknown key 'n_head'; did you mean 'n_heads'?
-        """
-        for name in ("src_vocab", "tgt_vocab"):
-            if name not in values:
-                raise ConfigError(f"TransformerConfig: `{name}` is missing")
-        return cls(**{str(key): value for key, value in values.items()})
-
-    @classmethod
-    def from_json(cls, text: str) -> "TransformerConfig":
-        """Make a config from JSON text."""
-        try:
-            values = json.loads(text)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"TransformerConfig: not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError("TransformerConfig: expected a JSON object")
-        return cls.from_dict(values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give every field by name."""
-        return dataclasses.asdict(self)
-
-    def to_json(self) -> str:
-        """Give the config as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)

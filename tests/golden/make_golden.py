@@ -216,7 +216,74 @@ def cross_entropy_case(seed: int) -> Arrays:
     return case
 
 
-OPERATIONS = {"layer_norm": layer_norm_case, "batch_norm": batch_norm_case, "cross_entropy": cross_entropy_case}
+class Bert(nn.Module):
+    """BERT with Hugging Face's names of modules, in the plainest words; `lengths` says what is real."""
+
+    def __init__(self, vocab: int, d: int, heads: int, layers: int, d_ff: int, positions: int, types: int) -> None:
+        super().__init__()
+        self.heads = heads
+        norm = {"LayerNorm": nn.LayerNorm(d, eps=1e-12)}
+        tables = {"word": vocab, "position": positions, "token_type": types}
+        self.embeddings = nn.ModuleDict({f"{kind}_embeddings": nn.Embedding(n, d) for kind, n in tables.items()} | norm)
+
+        def dense(n: int, m: int, **more: nn.Module) -> nn.ModuleDict:
+            return nn.ModuleDict({"dense": nn.Linear(n, m), **more})
+
+        def norm_after(n: int) -> nn.ModuleDict:
+            return dense(n, d, LayerNorm=nn.LayerNorm(d, eps=1e-12))
+
+        def layer() -> nn.ModuleDict:
+            own = nn.ModuleDict({part: nn.Linear(d, d) for part in ("query", "key", "value")})
+            attention = nn.ModuleDict({"self": own, "output": norm_after(d)})
+            return nn.ModuleDict({"attention": attention, "intermediate": dense(d, d_ff), "output": norm_after(d_ff)})
+
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList([layer() for _ in range(layers)])})
+
+    def forward(self, ids: Any, types: Any, lengths: Any) -> Any:
+        def split(x: Any) -> Any:
+            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        def add(module: Any, x: Any, y: Any) -> Any:
+            return module["LayerNorm"](x + module["dense"](y))
+
+        e = self.embeddings
+        places = torch.arange(ids.shape[1])
+        real = places < lengths[:, None]
+        x = e["word_embeddings"](ids) + e["position_embeddings"](places) + e["token_type_embeddings"](types)
+        x = e["LayerNorm"](x)
+        for layer in self.encoder["layer"]:
+            q, k, v = (split(layer["attention"]["self"][part](x)) for part in ("query", "key", "value"))
+            scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(~real[:, None, None], -math.inf)
+            attended = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+            x = add(layer["attention"]["output"], x, attended)
+            x = add(layer["output"], x, F.gelu(layer["intermediate"]["dense"](x)))
+        return x
+
+
+def bert_case(seed: int) -> Arrays:
+    """Hidden states, the mean over the real tokens of each sequence, and its gradients for a random dy, in f64."""
+    rng = np.random.default_rng([seed, 6])
+    model = Bert(19, 16, 4, 2, 24, 9, 2).double()
+    for parameter in model.parameters():
+        scale = 0.1 if parameter.dim() == 1 else 1 / math.sqrt(16)
+        centre = parameter.data if parameter.dim() == 1 else 0.0
+        drawn = (centre + tensor(rng.standard_normal(parameter.shape) * scale)).float()
+        parameter.data = drawn.double()
+    case: Arrays = {f"state/{key}": value.float().numpy() for key, value in model.state_dict().items()}
+    case |= {"ids": ids(rng, [7, 3, 9, 1], 19), "types": rng.integers(0, 2, (4, 9)), "lengths": np.array([7, 3, 9, 1])}
+    given = (torch.from_numpy(case[name]) for name in ("ids", "types", "lengths"))
+    hidden = model(*given)
+    real = tensor(case["ids"] != PAD)[..., None]
+    mean = (hidden * real).sum(1) / real.sum(1)
+    dy = rng.standard_normal(mean.shape).astype(np.float32)
+    mean.backward(tensor(dy))
+    case |= {"hidden": (hidden * real).detach().numpy(), "mean": mean.detach().numpy(), "dy": dy}
+    return case | {f"grad/{key}": parameter.grad.numpy() for key, parameter in model.named_parameters()}
+
+
+OPERATIONS = {
+    "layer_norm": layer_norm_case, "batch_norm": batch_norm_case, "cross_entropy": cross_entropy_case, "bert": bert_case,
+}  # fmt: skip
 ATTENTION = ("full", "causal", "keep", "lengths", "bias")
 
 

@@ -45,8 +45,8 @@ NORMS = ("layer", "rms", "batch")
 class Layer:
     """What all layers have in common. Made by its subclasses alone."""
 
-    seed: int
-    """What the weights were drawn with."""
+    seed: int | None
+    """What the weights were drawn with; None where they came from a file."""
 
     def __init__(self, options: dict[str, Any], seed: int | None, make: Callable[[int], _core.Layer]) -> None:
         self.seed = as_seed(type(self).__name__, seed)

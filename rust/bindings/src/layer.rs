@@ -10,16 +10,24 @@ use crate::pools::Home;
 use numpy::{PyArray1, PyArrayDyn};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
+use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
-use transformer_core::checkpoint::{self, NamedArray};
-use transformer_core::error::Result;
+use transformer_core::checkpoint::{self, Checkpoint, NamedArray};
+use transformer_core::error::{Error, Result};
+use transformer_core::models::{Encoder, EncoderConfig, Pooled};
 use transformer_core::nn::{
     AttentionConfig, Cross, Embedding, FeedForward, FeedForwardActivation, LayerConfig, Linear, MultiHeadAttention,
     Norm, NormKind, Source, Stack, TransformerLayer,
 };
-use transformer_core::ops::Masks;
+use transformer_core::ops::{self, Masks};
 use transformer_core::rows::Rows;
 use transformer_core::tape::{Builder, Params, Tape, Var};
+
+/// What `model_type` says in the `config.json` of an encoder.
+const ENCODER: &str = "encoder";
+
+/// Keeps the length of a zero vector from dividing by zero.
+const UNIT_EPS: f64 = 1e-24;
 
 enum Module {
     /// With the size of its result.
@@ -31,6 +39,7 @@ enum Module {
     Attention(MultiHeadAttention),
     Block(Box<TransformerLayer>),
     Stack(Stack),
+    Encoder(Box<Encoder>),
 }
 
 /// A layer of `transformer_rs.nn`: what it is, its weights, and its buffers.
@@ -195,6 +204,95 @@ impl Layer {
         })
     }
 
+    /// The encoder of a config; without a seed its weights are zeros, for values that come from elsewhere.
+    #[staticmethod]
+    fn encoder(py: Python<'_>, config: &str, seed: Option<u64>) -> PyResult<Self> {
+        let encoder = Encoder::new(EncoderConfig::from_json(config).map_err(raise)?).map_err(raise)?;
+        let layout = encoder.layout().clone();
+        let params = door::run(py, || match seed {
+            Some(seed) => Params::init(layout, seed),
+            None => Params::zeros(layout),
+        })?;
+        Ok(Self::of_encoder(encoder, params))
+    }
+
+    /// The encoder of a folder.
+    #[staticmethod]
+    fn load_encoder(py: Python<'_>, folder: PathBuf) -> PyResult<Self> {
+        let (encoder, params) = door::run(py, || {
+            let mut checkpoint = Checkpoint::open(&folder)?;
+            let (place, found) = (folder.display(), checkpoint.model_type());
+            if found != ENCODER {
+                return Err(Error::Checkpoint(format!("{place}: expected a model_type of {ENCODER:?}, got {found:?}")));
+            }
+            let config = EncoderConfig::from_json(checkpoint.config_json())
+                .map_err(|error| Error::Checkpoint(format!("{place}: {error}")))?;
+            let encoder = Encoder::new(config)?;
+            let mut params = Params::zeros(encoder.layout().clone())?;
+            checkpoint.load_into(&mut params, &[])?;
+            Ok((encoder, params))
+        })?;
+        Ok(Self::of_encoder(encoder, params))
+    }
+
+    /// Writes an encoder into a folder.
+    fn save_encoder(&self, py: Python<'_>, folder: PathBuf) -> PyResult<()> {
+        let encoder = self.as_encoder()?;
+        door::run(py, || {
+            let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
+            checkpoint::save_model(&folder, &encoder.config().to_json(), ENCODER, &weights.params)
+        })
+    }
+
+    /// The config of an encoder.
+    fn encoder_config(&self) -> PyResult<String> {
+        Ok(self.as_encoder()?.config().to_json())
+    }
+
+    /// Runs an encoder: hidden states (R, D); with `pooling` what stands for each sequence, of length 1 with `unit`; with
+    /// `logits` what the head makes of it.
+    fn encode<'py>(
+        &self,
+        py: Python<'py>,
+        gradients: usize,
+        seed: Option<u64>,
+        ids: Bound<'py, PyArray1<i64>>,
+        token_types: Option<Bound<'py, PyArray1<i64>>>,
+        lengths: Vec<usize>,
+        pooling: Option<&str>,
+        unit: bool,
+        logits: bool,
+    ) -> PyResult<Answer<'py>> {
+        let encoder = self.as_encoder()?;
+        let config = encoder.config();
+        let ids = token_ids(&ids)?;
+        let token_types = token_types.as_ref().map(token_ids).transpose()?;
+        let rows = rows_of("ids", &Form::Plain { shape: vec![ids.len(), 1], cols: 1 }, lengths)?;
+        let pooling = match pooling {
+            _ if logits => config.pooling,
+            None | Some("none") => Pooled::None,
+            Some("cls") => Pooled::Cls,
+            Some("mean") => Pooled::Mean,
+            Some(other) => return Err(ConfigError::new_err(format!("unknown pooling {other:?}"))),
+        };
+        let cols = if logits { config.head.unwrap_or(0) } else { config.d_model };
+        let shape = vec![if pooling == Pooled::None { rows.total() } else { rows.sequences() }, cols];
+        let mut call = Call::of_layer(py, Mode { gradients, seed }, &self.home);
+        call.nothing();
+        if unit {
+            // x / |x| = (x / √(mean of x²)) / √D
+            call.scale = (1.0 / (cols as f64).sqrt()) as f32;
+        }
+        self.run(call, Form::Plain { shape, cols }, |tape, params| {
+            let hidden = encoder.encode(tape, params, &ids, token_types.as_deref(), &rows)?;
+            if logits {
+                return encoder.logits(tape, params, hidden, &rows);
+            }
+            let y = encoder.pool(tape, hidden, &rows, pooling)?;
+            if unit { ops::rms_norm(tape, params, y, None, UNIT_EPS) } else { Ok(y) }
+        })
+    }
+
     /// Runs an embedding.
     fn embed<'py>(
         &self,
@@ -253,7 +351,9 @@ impl Layer {
             let cross = |(memory, rows)| Cross { source: Source::Memory(memory, rows), masks: memory_masks };
             match &self.module {
                 Module::Linear(linear, _) => linear.forward(tape, params, x),
-                Module::Embedding(..) => transformer_core::bail!(Config, "this layer takes ids, not vectors"),
+                Module::Embedding(..) | Module::Encoder(_) => {
+                    transformer_core::bail!(Config, "this layer takes ids, not vectors")
+                }
                 Module::Norm(norm) => norm.forward(tape, params, x),
                 Module::FeedForward(layer) => layer.forward(tape, params, x),
                 Module::Attention(layer) => {
@@ -273,6 +373,18 @@ impl Layer {
 }
 
 impl Layer {
+    fn of_encoder(encoder: Encoder, params: Params<f32>) -> Self {
+        let (module, weights) = (Module::Encoder(Box::new(encoder)), Weights::shared(params));
+        Layer { module, weights, home: Home::of_layer() }
+    }
+
+    fn as_encoder(&self) -> PyResult<&Encoder> {
+        match &self.module {
+            Module::Encoder(encoder) => Ok(encoder),
+            _ => Err(ConfigError::new_err("this layer is no encoder")),
+        }
+    }
+
     fn run<'py>(
         &self,
         call: Call<'py, f32>,
@@ -293,4 +405,17 @@ fn rows_of(name: &str, form: &Form, lengths: Vec<usize>) -> PyResult<Rows> {
         )));
     }
     Ok(Rows::from_lengths(&lengths))
+}
+
+/// Checks the config of an encoder given as JSON and gives it back as the engine reads it.
+#[pyfunction]
+pub fn check_encoder_config(config: &str) -> PyResult<String> {
+    Ok(EncoderConfig::from_json(config).map_err(raise)?.to_json())
+}
+
+/// Arrays of a safetensors file by name, as f32, without those whose names begin or end with one of `ignore`.
+#[pyfunction]
+pub fn read_safetensors(py: Python<'_>, path: PathBuf, ignore: Vec<String>) -> PyResult<Bound<'_, PyDict>> {
+    let wanted = |name: &str| !ignore.iter().any(|text| name.starts_with(text) || name.ends_with(text));
+    named_arrays(py, door::run(py, || checkpoint::read_arrays(&path, wanted))?)
 }

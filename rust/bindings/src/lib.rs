@@ -29,7 +29,7 @@ mod _core {
         activation, attention, batch_norm, cross_entropy, dropout, embedding, gated, layer_norm, linear, rms_norm,
     };
     #[pymodule_export]
-    use crate::layer::Layer;
+    use crate::layer::{Layer, check_encoder_config, read_safetensors};
     #[pymodule_export]
     use crate::optimizer::{OptimizerState, check_optimizer, check_schedule, paper_lr, schedule_factor};
     #[pymodule_export]

@@ -196,6 +196,26 @@ impl Checkpoint {
     }
 }
 
+/// A name, a shape and the values of an array, all its own.
+pub type OwnedArray = (String, Vec<usize>, Vec<f32>);
+
+/// Reads the arrays of any safetensors file whose names are `wanted`, as f32.
+pub fn read_arrays(path: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<OwnedArray>> {
+    let mut container = Container::open(path)?;
+    let mut arrays = Vec::new();
+    for i in 0..container.tensors.len() {
+        let (name, info) = container.tensors[i].clone();
+        if !wanted(&name) {
+            continue;
+        }
+        if let Some(problem) = Container::unreadable(&info) {
+            bail!(Checkpoint, "{}: `{}`: {problem}", path.display(), name.escape_debug());
+        }
+        arrays.push((name, info.shape, container.read(i)?));
+    }
+    Ok(arrays)
+}
+
 fn read_config(path: &Path) -> Result<String> {
     let io = |error: std::io::Error| match error.kind() {
         std::io::ErrorKind::InvalidData => Error::Checkpoint(format!("{}: expected UTF-8 text", path.display())),

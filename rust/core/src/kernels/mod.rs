@@ -14,6 +14,7 @@ pub mod gemm;
 mod lanes;
 pub mod norm;
 pub mod optimizer;
+pub mod pooling;
 pub mod reduce;
 pub mod softmax;
 

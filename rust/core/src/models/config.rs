@@ -78,7 +78,7 @@ pub struct TransformerConfig {
 }
 
 /// Sizes beyond this are refused before anything is allocated.
-const LARGEST: usize = 1 << 24;
+pub(super) const LARGEST: usize = 1 << 24;
 
 impl TransformerConfig {
     /// The paper's base model (table 3) over these vocabularies, pre-norm.

@@ -10,6 +10,7 @@ pub mod cross_entropy;
 pub mod embedding;
 pub mod layer_norm;
 pub mod linear;
+pub mod pooling;
 pub mod positions;
 pub mod residual;
 pub mod rms_norm;
@@ -23,6 +24,7 @@ pub use cross_entropy::{CrossEntropy, IGNORE, cross_entropy, linear_cross_entrop
 pub use embedding::embedding;
 pub use layer_norm::layer_norm;
 pub use linear::{linear, linear_activation};
+pub use pooling::{Pooling, pool};
 pub use positions::add_rows;
 pub use residual::{add, dropout, residual};
 pub use rms_norm::rms_norm;

@@ -1,0 +1,294 @@
+"""BERT from the files of Hugging Face: vectors of sentences from texts or ids."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from . import _core
+from ._arrays import ArrayLike, FloatArray, is_list
+from ._vjp import Forward, method
+from .encoder import EncoderConfig, EncoderModel
+from .errors import CheckpointError, ConfigError, DTypeError, ShapeError, StorageError, UnsupportedError
+
+__all__ = ["Bert"]
+
+B = TypeVar("B", bound="Bert")
+
+#: Hugging Face's names of modules, and ours; {i} is the number of a layer.
+NAMES = {
+    "embeddings.word_embeddings": "embedding",
+    "embeddings.position_embeddings": "positions",
+    "embeddings.token_type_embeddings": "token_types",
+    "embeddings.LayerNorm": "embedding_norm",
+    "encoder.layer.{i}.attention.self.query": "encoder.layers.{i}.self_attention.q",
+    "encoder.layer.{i}.attention.self.key": "encoder.layers.{i}.self_attention.k",
+    "encoder.layer.{i}.attention.self.value": "encoder.layers.{i}.self_attention.v",
+    "encoder.layer.{i}.attention.output.dense": "encoder.layers.{i}.self_attention.out",
+    "encoder.layer.{i}.attention.output.LayerNorm": "encoder.layers.{i}.self_attention_norm",
+    "encoder.layer.{i}.intermediate.dense": "encoder.layers.{i}.feed_forward.up",
+    "encoder.layer.{i}.output.dense": "encoder.layers.{i}.feed_forward.down",
+    "encoder.layer.{i}.output.LayerNorm": "encoder.layers.{i}.feed_forward_norm",
+}
+#: The last parts of names; the older ones are those of BERT's first files.
+KINDS = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias"}
+#: What is not read: a table of 0, 1, 2, ...; the pooler and the heads of pre-training and of other tasks.
+IGNORED = ("embeddings.position_ids", "pooler.", "bert.pooler.", "cls.", "classifier.", "qa_outputs.")
+ACTIVATIONS = {
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu",
+}  # fmt: skip
+
+
+class Bert(EncoderModel):
+    """BERT (Devlin and others 2019) and the sentence encoders made of it (Reimers and Gurevych 2019).
+
+    An :class:`EncoderModel` that reads the files of Hugging Face and takes texts. ``save`` and ``load`` keep the weights
+    and the config in the format of this package; the tokenizer stays where it is.
+
+    Args:
+        config: What the model is made of.
+        seed: Decides the first weights; None draws a fresh one, kept in ``seed``.
+
+    >>> import transformer_rs as tr
+    >>> bert = tr.Bert(tr.EncoderConfig(vocab=99, d_model=32, n_heads=4, n_layers=1, d_ff=64), seed=0)
+    >>> class Letters:
+    ...     def encode(self, text):
+    ...         return [ord(letter) % 99 for letter in text]
+    >>> bert.embed(["any text", "another"], tokenizer=Letters()).shape
+    (2, 32)
+    """
+
+    _folder: str | None = None
+    _tokenizer: Any = None
+
+    @classmethod
+    def from_pretrained(
+        cls: type[B],
+        folder: "str | os.PathLike[str]",
+        *,
+        pooling: Literal["mean", "cls", "none"] | None = None,
+        normalize: bool | None = None,
+    ) -> B:
+        """Read ``config.json`` and ``model.safetensors`` of a BERT, as Hugging Face writes them.
+
+        The pooler and the heads of pre-training are not read. Where the folder is a sentence encoder
+        (``1_Pooling/config.json``, ``modules.json``), its pooling and its normalisation are taken over.
+
+        Args:
+            folder: Where the files are.
+            pooling: What stands for a sequence; None means the folder's, or else ``"mean"``.
+            normalize: Whether :meth:`embed` brings vectors to length 1; None means the folder's, or else False.
+
+        Raises:
+            CheckpointError: Files that are damaged or do not fit each other; arrays are listed by name.
+            UnsupportedError: Another architecture, or relative positions.
+            StorageError: A file cannot be read.
+
+        >>> import transformer_rs as tr
+        >>> tr.Bert.from_pretrained("no/such/folder")
+        Traceback (most recent call last):
+            ...
+        transformer_rs.errors.StorageError: no/such/folder/config.json: No such file or directory
+        """
+        op, folder = f"{cls.__name__}.from_pretrained", os.fspath(folder)
+        values = _config_of(op, folder)
+        if pooling is not None:
+            values["pooling"] = pooling
+        if normalize is not None:
+            values["normalize"] = normalize
+        config = EncoderConfig(**values)
+        arrays = _core.read_safetensors(os.path.join(folder, "model.safetensors"), list(IGNORED))
+        model = cls._of(_core.Layer.encoder(config.to_json(), None))
+        model._folder = folder
+        model.load_state_dict(_ours(op, folder, arrays))
+        return model
+
+    @method
+    def embed(
+        self,
+        texts: ArrayLike,
+        *,
+        tokenizer: Any = None,
+        token_types: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        pooling: Literal["mean", "cls"] | None = None,
+        normalize: bool | None = None,
+        training: bool = False,
+        seed: int | None = None,
+    ) -> Forward:
+        """Compute a vector for every text, or for every sequence of ids.
+
+        Args:
+            texts: A list of texts; or ids, a list of sequences or a padded array (B, T).
+            tokenizer: For texts: any object whose ``encode(text)`` gives ids, or an object with ``ids`` and perhaps
+                ``type_ids`` and ``attention_mask``, as those of the package ``tokenizers``. None means the
+                ``tokenizer.json`` of the folder that the model was read from, which needs
+                ``pip install 'transformer_rs[tokenizers]'``; longer texts are cut at the folder's limit.
+            token_types, lengths: For ids: as in a call of the model.
+            pooling: ``"mean"`` of the tokens or ``"cls"``, the first of them; None means the config's.
+            normalize: Bring the vectors to length 1, so that their product is the cosine; None means the config's.
+            training: Turns dropout on.
+            seed: Of the dropout; None draws fresh entropy.
+
+        Returns:
+            An array (B, D).
+
+        Raises:
+            ConfigError: Texts without a tokenizer, or with ``lengths`` or ``token_types``; ids with a tokenizer.
+            DTypeError: Texts mixed with something else.
+            ImportError: The extra is not installed.
+
+        >>> import transformer_rs as tr
+        >>> bert = tr.Bert(tr.EncoderConfig(vocab=99, d_model=32, n_heads=4, n_layers=1, d_ff=64), seed=0)
+        >>> bert.embed([[5, 6, 7], [8]]).shape
+        (2, 32)
+        """
+        op, ids = f"{type(self).__name__}.embed", texts
+        if isinstance(texts, str):
+            raise ShapeError(f"{op}: argument `texts`: expected a list of texts, got one text; pass [text]")
+        if is_list(texts) and any(isinstance(text, str) for text in texts):
+            for name, value in (("token_types", token_types), ("lengths", lengths)):
+                if value is not None:
+                    raise ConfigError(f"{op}: argument `{name}`: the tokenizer says this for texts; leave it out")
+            ids, token_types = self._tokenize(op, list(texts), tokenizer)
+        elif tokenizer is not None:
+            raise ConfigError(f"{op}: argument `tokenizer`: these are ids, no texts; leave it out")
+        forward: Forward = _embed_ids(
+            self, ids, token_types=token_types, lengths=lengths, pooling=pooling, normalize=normalize,
+            training=training, seed=seed,
+        )  # fmt: skip
+        return forward
+
+    def _tokenize(self, op: str, texts: list[Any], tokenizer: Any) -> tuple[list[Any], list[Any] | None]:
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                message = f"expected a text as the others, got {type(text).__name__}"
+                raise DTypeError(f"{op}: argument `texts[{i}]`: {message}")
+        tokenizer = self._own_tokenizer(op) if tokenizer is None else tokenizer
+        if not hasattr(tokenizer, "encode"):
+            message = f"expected an object with `encode`, got {type(tokenizer).__name__}"
+            raise DTypeError(f"{op}: argument `tokenizer`: {message}")
+        ids: list[Any] = []
+        types: list[Any] = []
+        for text in texts:
+            found = tokenizer.encode(text)
+            one = np.asarray(getattr(found, "ids", found), np.int64)
+            real = np.asarray(getattr(found, "attention_mask", np.ones(len(one))), bool)
+            ids.append(one[real])
+            types.append(np.asarray(getattr(found, "type_ids", np.zeros(len(one))), np.int64)[real])
+        return ids, types if self._config.token_types else None
+
+    def _own_tokenizer(self, op: str) -> Any:
+        """The tokenizer of the folder."""
+        folder = self._folder or ""
+        file = os.path.join(folder, "tokenizer.json")
+        if self._folder is None or not os.path.exists(file):
+            remedy = "pass tokenizer=, any object with `encode`"
+            raise ConfigError(f"{op}: argument `tokenizer`: there is no tokenizer.json beside the model; {remedy}")
+        if self._tokenizer is None:
+            try:
+                from tokenizers import Tokenizer
+            except ImportError as error:
+                message = "texts need tokenizers: pip install 'transformer_rs[tokenizers]', or pass tokenizer="
+                raise ImportError(f"{op}: {message}") from error
+            tokenizer = Tokenizer.from_file(file)
+            limit = _json(op, os.path.join(folder, "sentence_bert_config.json"), {}).get("max_seq_length")
+            tokenizer.no_padding()
+            tokenizer.enable_truncation(limit or self._config.max_positions or 512)
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the config, the weights, and where the tokenizer is."""
+        return _revive, (type(self), self._config, self.seed, self._folder, self.state_dict())
+
+
+_embed_ids = EncoderModel.embed.__wrapped__  # type: ignore[attr-defined]
+
+
+def _revive(
+    cls: type[B], config: EncoderConfig, seed: int | None, folder: str | None, state: dict[str, FloatArray]
+) -> B:
+    model = cls._of(_core.Layer.encoder(config.to_json(), None), seed)
+    model.load_state_dict(state)
+    model._folder = folder
+    return model
+
+
+def _json(op: str, path: str, default: Any = None) -> Any:
+    """What a JSON file holds; `default`, if there is one, where there is no file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError as error:
+        if default is not None:
+            return default
+        raise StorageError(f"{path}: {error.strerror}") from None
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{op}: {path}: not JSON: {error}") from None
+
+
+def _config_of(op: str, folder: str) -> dict[str, Any]:
+    """Our config's values from Hugging Face's."""
+    place = os.path.join(folder, "config.json")
+    theirs = _json(op, place)
+    if not isinstance(theirs, dict):
+        raise CheckpointError(f"{op}: {place}: expected a JSON object")
+    for key, expected in (
+        ("model_type", ("bert",)),
+        ("position_embedding_type", ("absolute", None)),
+        ("is_decoder", (False, None)),
+        ("hidden_act", tuple(ACTIVATIONS)),
+    ):
+        if theirs.get(key) not in expected:
+            known = " or ".join(repr(value) for value in expected if value is not None)
+            raise UnsupportedError(f"{op}: {place}: {key} is {theirs.get(key)!r}; this reads {known}")
+    try:
+        values: dict[str, Any] = {
+            "vocab": theirs["vocab_size"],
+            "d_model": theirs["hidden_size"],
+            "n_heads": theirs["num_attention_heads"],
+            "n_layers": theirs["num_hidden_layers"],
+            "d_ff": theirs["intermediate_size"],
+            "max_positions": theirs["max_position_embeddings"],
+            "token_types": theirs.get("type_vocab_size", 2),
+            "norm_eps": theirs.get("layer_norm_eps", 1e-12),
+            "dropout": theirs.get("hidden_dropout_prob", 0.1),
+            "activation": ACTIVATIONS[theirs["hidden_act"]],
+            "pad_id": theirs.get("pad_token_id", 0),
+        }
+    except KeyError as error:
+        raise CheckpointError(f"{op}: {place}: {error} is missing") from None
+    pooling = _json(op, os.path.join(folder, "1_Pooling", "config.json"), {})
+    modes = [key for key, on in pooling.items() if key.startswith("pooling_mode_") and on is True]
+    if modes:
+        kinds = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+        if len(modes) > 1 or modes[0] not in kinds:
+            raise UnsupportedError(f"{op}: {folder}/1_Pooling: {', '.join(modes)}; this reads {', '.join(kinds)}")
+        values["pooling"] = kinds[modes[0]]
+    modules = [str(module.get("type", "")) for module in _json(op, os.path.join(folder, "modules.json"), [])]
+    values["normalize"] = any(name.endswith(".Normalize") for name in modules)
+    return values
+
+
+def _ours(op: str, folder: str, theirs: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+    """Arrays under our names."""
+    found: dict[str, FloatArray] = {}
+    unknown = []
+    for key, array in theirs.items():
+        module, _, kind = key.removeprefix("bert.").rpartition(".")
+        layer = re.search(r"\.layer\.(\d+)\.", module)
+        number = layer[1] if layer else ""
+        name = NAMES.get(module.replace(f".layer.{number}.", ".layer.{i}.") if layer else module)
+        if name is None or kind not in KINDS:
+            unknown.append(key)
+        else:
+            found[f"{name.format(i=number)}.{KINDS[kind]}"] = array
+    if unknown:
+        raise CheckpointError(f"{op}: {folder}/model.safetensors: unexpected arrays: {', '.join(sorted(unknown))}")
+    return found

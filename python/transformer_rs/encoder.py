@@ -1,0 +1,343 @@
+"""An encoder alone: ids to vectors of tokens, sentences or classes."""
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from . import _core
+from ._arrays import ArrayLike, FloatArray, Ids, as_ids, as_rows, is_list
+from ._config import Checked
+from ._vjp import Forward, Recorded, method
+from .errors import ConfigError, DTypeError, ShapeError
+from .nn._layer import Layer, choice, flag
+
+__all__ = ["EncoderConfig", "EncoderModel"]
+
+Pooling = Literal["mean", "cls", "none"]
+POOLINGS = ("mean", "cls", "none")
+M = TypeVar("M", bound="EncoderModel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig(Checked):
+    """An encoder alone: BERT (Devlin and others 2019) and its family. The defaults are those of BERT's base model.
+
+    Args:
+        vocab: Size of the vocabulary.
+        d_model: Width of the model.
+        n_heads: Attention heads; divides ``d_model``.
+        n_layers: Layers.
+        d_ff: Width of the feed-forward networks.
+        dropout: Dropout of embeddings, attention weights, hidden activations and sublayer outputs, in [0, 1).
+        norm: ``"layer"``, ``"rms"`` or ``"batch"`` (statistics over the real tokens of a batch).
+        norm_first: Norm before each sublayer instead of after the addition, as in BERT.
+        final_norm: A norm at the end of the stack; None means "with ``norm_first``".
+        embedding_norm: A norm of the embeddings, as in BERT.
+        norm_eps: What keeps the norms from dividing by zero.
+        activation: ``"relu"``, ``"gelu"`` (with erf), ``"gelu_tanh"``, ``"silu"``, ``"glu"`` or ``"swiglu"``.
+        bias: Biases in linear maps and norms.
+        positions: ``"learned"``, ``"sinusoidal"`` or ``"none"``.
+        max_positions: Length of a learned table.
+        scale_embeddings: Embeddings times the square root of ``d_model``.
+        token_types: Kinds of tokens that have a vector added, such as BERT's two segments; 0 for none.
+        pooling: What stands for a sequence: ``"mean"`` of its tokens (Reimers and Gurevych 2019), ``"cls"`` (its first
+            token) or ``"none"``.
+        normalize: Whether :meth:`EncoderModel.embed` brings vectors to length 1.
+        head: Outputs of a linear head over what stands for a sequence, with ``pooling="none"`` over each token; None for
+            no head.
+        pad_id: The id of padding; None where ids never hold padding.
+
+    Raises:
+        ConfigError: A value outside its domain, values that exclude each other, or an unknown key.
+
+    >>> import transformer_rs as tr
+    >>> config = tr.EncoderConfig(vocab=99, d_model=32, n_heads=4, n_layers=2, d_ff=64)
+    >>> tr.EncoderConfig.from_json(config.to_json()) == config
+    True
+    """
+
+    _needed = ("vocab",)
+
+    @staticmethod
+    def _check(text: str) -> str:
+        return _core.check_encoder_config(text)
+
+    vocab: int
+    d_model: int = 768
+    n_heads: int = 12
+    n_layers: int = 12
+    d_ff: int = 3072
+    dropout: float = 0.1
+    norm: Literal["layer", "rms", "batch"] = "layer"
+    norm_first: bool = False
+    final_norm: bool | None = None
+    embedding_norm: bool = True
+    norm_eps: float = 1e-12
+    activation: Literal["relu", "gelu", "gelu_tanh", "silu", "glu", "swiglu"] = "gelu"
+    bias: bool = True
+    positions: Literal["learned", "sinusoidal", "none"] = "learned"
+    max_positions: int | None = 512
+    scale_embeddings: bool = False
+    token_types: int = 2
+    pooling: Pooling = "mean"
+    normalize: bool = False
+    head: int | None = None
+    pad_id: int | None = 0
+
+
+class EncoderModel(Layer):
+    """An encoder alone: ids to vectors of tokens, sentences or classes.
+
+    Ids come as a list of sequences (ragged) or as an array (B, T) (padded); a trailing run of ``config.pad_id`` is
+    padding, unless ``lengths`` says what is real. A sequence's bits do not depend on what else is in the batch. A plain
+    call is evaluation; ``tr.vjp`` of the model, of its ``embed`` or of its ``logits`` gives gradients, and an optimiser's
+    ``update`` takes them. A model may be used from many threads at once.
+
+    Args:
+        config: What the model is made of.
+        seed: Decides the first weights; None draws a fresh one, kept in ``seed``.
+
+    Raises:
+        OutOfMemoryError: The weights do not fit into memory.
+
+    >>> import transformer_rs as tr
+    >>> config = tr.EncoderConfig(vocab=99, d_model=32, n_heads=4, n_layers=2, d_ff=64, head=3)
+    >>> model = tr.EncoderModel(config, seed=0)
+    >>> [hidden.shape for hidden in model([[5, 6, 7], [8]])]
+    [(3, 32), (1, 32)]
+    >>> model.embed([[5, 6, 7], [8]]).shape
+    (2, 32)
+
+    One step of training a classifier, from the gradient of its loss:
+
+    >>> import numpy as np
+    >>> logits, pullback = tr.vjp(model.logits, [[5, 6, 7], [8]], training=True, seed=1)
+    >>> losses, pull_loss = tr.vjp(tr.functional.cross_entropy, logits, np.array([2, 0]))
+    >>> pullback(pull_loss(np.ones_like(losses))[0])
+    >>> tr.AdamW(lr=1e-3).update(model, pullback.gradients)
+    """
+
+    def __init__(self, config: EncoderConfig, *, seed: int | None = None) -> None:
+        if not isinstance(config, EncoderConfig):
+            message = f"expected an EncoderConfig, got {type(config).__name__}"
+            raise DTypeError(f"{type(self).__name__}: argument `config`: {message}")
+        self._config = config
+        super().__init__({}, seed, lambda seed: _core.Layer.encoder(config.to_json(), seed))
+
+    @classmethod
+    def _of(cls: type[M], core: _core.Layer, seed: int | None = None) -> M:
+        model = cls.__new__(cls)
+        model._config = EncoderConfig.from_json(core.encoder_config())
+        model._options, model._core, model.seed = {}, core, seed
+        model._shapes = {name: tuple(shape) for name, shape in core.parameters()}
+        return model
+
+    @property
+    def config(self) -> EncoderConfig:
+        """What the model is made of."""
+        return self._config
+
+    @method
+    def __call__(
+        self,
+        ids: ArrayLike,
+        *,
+        token_types: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        training: bool = False,
+        seed: int | None = None,
+    ) -> Forward:
+        """Compute the hidden state of every token.
+
+        Args:
+            ids: A list of sequences of integers, or a padded array (B, T).
+            token_types: The kind of every token, in the form of ``ids``; None means 0 for all.
+            lengths: (B,) real ids of each sequence.
+            training: Turns dropout on.
+            seed: Of the dropout; None draws fresh entropy.
+
+        Returns:
+            A list of (T_i, D), or (B, T, D) with zeros at padding.
+
+        Raises:
+            ShapeError: Empty batches, padding inside a sequence, token types of another form than the ids, a sequence that
+                is longer than the table of positions.
+            TokenOutOfRangeError: An id outside the vocabulary, or a type that there is not.
+            DTypeError: Ids that are no integers.
+            ConfigError: Token types for a model without.
+
+        >>> import numpy as np
+        >>> import transformer_rs as tr
+        >>> model = tr.EncoderModel(tr.EncoderConfig(vocab=99, d_model=32, n_heads=4, n_layers=1, d_ff=64), seed=0)
+        >>> model(np.array([[5, 6, 0], [7, 8, 9]]), token_types=np.array([[0, 1, 0], [0, 0, 1]])).shape
+        (2, 3, 32)
+        """
+        batch, types = self._read(type(self).__name__, ids, token_types, lengths)
+        return self._tokens(batch, types, self._seed_of(training, seed), False)
+
+    @method
+    def embed(
+        self,
+        ids: ArrayLike,
+        *,
+        token_types: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        pooling: Literal["mean", "cls"] | None = None,
+        normalize: bool | None = None,
+        training: bool = False,
+        seed: int | None = None,
+    ) -> Forward:
+        """Compute a vector for every sequence.
+
+        Args:
+            ids, token_types, lengths, training, seed: As in a call of the model.
+            pooling: ``"mean"`` of the tokens or ``"cls"``, the first of them; None means the config's.
+            normalize: Bring the vectors to length 1, so that their product is the cosine; None means the config's.
+
+        Returns:
+            An array (B, D).
+
+        Raises:
+            ConfigError: No pooling, neither here nor in the config.
+
+        >>> import numpy as np
+        >>> import transformer_rs as tr
+        >>> model = tr.EncoderModel(tr.EncoderConfig(vocab=99, d_model=32, n_heads=4, n_layers=1, d_ff=64), seed=0)
+        >>> vectors = model.embed([[5, 6, 7], [8]], normalize=True)
+        >>> np.allclose((vectors**2).sum(axis=1), 1)
+        True
+        """
+        op, key = f"{type(self).__name__}.embed", self._seed_of(training, seed)
+        kind = self._config.pooling if pooling is None else choice(op, "pooling", pooling, POOLINGS)
+        if kind == "none":
+            raise ConfigError(f'{op}: argument `pooling`: expected "mean" or "cls"; pooling is "none" here')
+        unit = self._config.normalize if normalize is None else flag(op, "normalize", normalize)
+        batch, types = self._read(op, ids, token_types, lengths)
+        return self._sequence_vectors(batch, types, key, kind, unit, False)
+
+    @method
+    def logits(
+        self,
+        ids: ArrayLike,
+        *,
+        token_types: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        training: bool = False,
+        seed: int | None = None,
+    ) -> Forward:
+        """Compute what the head says: of every sequence, or with ``pooling="none"`` in the config of every token.
+
+        Args:
+            ids, token_types, lengths, training, seed: As in a call of the model.
+
+        Returns:
+            An array (B, C); with ``pooling="none"`` a list of (T_i, C), or (B, T, C) with zeros at padding.
+
+        Raises:
+            ConfigError: The model has no head.
+
+        >>> import transformer_rs as tr
+        >>> config = tr.EncoderConfig(vocab=99, d_model=32, n_heads=4, n_layers=1, d_ff=64, pooling="cls", head=5)
+        >>> tr.EncoderModel(config, seed=0).logits([[5, 6, 7], [8]]).shape
+        (2, 5)
+        """
+        op, key = f"{type(self).__name__}.logits", self._seed_of(training, seed)
+        if self._config.head is None:
+            raise ConfigError(f"{op}: this model has no head; make it with head=(number of outputs) in its config")
+        batch, types = self._read(op, ids, token_types, lengths)
+        if self._config.pooling == "none":
+            return self._tokens(batch, types, key, True)
+        return self._sequence_vectors(batch, types, key, None, False, True)
+
+    def _read(self, op: str, ids: Any, token_types: Any, lengths: Any) -> tuple[Ids, Any]:
+        """Ids and their types, packed."""
+        config = self._config
+        batch = as_ids(op, "ids", ids, vocabulary=config.vocab, lengths=lengths, pad_id=config.pad_id)
+        if token_types is None:
+            return batch, None
+        if config.token_types == 0:
+            raise ConfigError(f"{op}: argument `token_types`: this model has none (token_types = 0 in its config)")
+        if is_list(token_types) != is_list(ids) or _sizes(token_types) != _sizes(ids):
+            raise ShapeError(f"{op}: argument `token_types`: expected the form and the lengths of `ids`")
+        types = as_ids(op, "token_types", token_types, vocabulary=config.token_types, lengths=batch.lengths)
+        return batch, types.ids
+
+    def _encode(
+        self, batch: Ids, types: Any, key: int | None, gradients: int, kind: str | None, unit: bool, logits: bool
+    ) -> tuple[FloatArray, _core.Pullback | None]:
+        return self._core.encode(gradients, key, batch.ids, types, batch.lengths.tolist(), kind, unit, logits)
+
+    def _tokens(self, batch: Ids, types: Any, key: int | None, logits: bool) -> Forward:
+        def enter(dy: ArrayLike) -> FloatArray:
+            given, other = as_rows("pullback", "dy", dy, None if is_list(dy) else batch.lengths)
+            if other.width != batch.width or not np.array_equal(other.lengths, batch.lengths):
+                raise ShapeError("pullback: argument `dy`: expected the form and the shapes of y")
+            return given
+
+        def forward(gradients: int) -> Recorded:
+            y, back = self._encode(batch, types, key, gradients, None, False, logits)
+            return Recorded(batch.give_back(y), back, np.float32, enter)
+
+        return forward
+
+    def _sequence_vectors(
+        self, batch: Ids, types: Any, key: int | None, kind: str | None, unit: bool, logits: bool
+    ) -> Forward:
+        def forward(gradients: int) -> Recorded:
+            y, back = self._encode(batch, types, key, gradients, kind, unit, logits)
+            return Recorded(y, back, np.float32)
+
+        return forward
+
+    def save(self, folder: "str | os.PathLike[str]") -> None:
+        """Write ``config.json`` and ``model.safetensors`` into a folder, which is made if need be: whole or not at all,
+        whenever the process is killed. Other files stay as they are.
+
+        Raises:
+            StorageError: The file system refused.
+
+        >>> import tempfile
+        >>> import transformer_rs as tr
+        >>> model = tr.EncoderModel(tr.EncoderConfig(vocab=99, d_model=32, n_heads=4, n_layers=1, d_ff=64), seed=0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save(folder)
+        ...     bool((tr.EncoderModel.load(folder).embed([[5, 6]]) == model.embed([[5, 6]])).all())
+        True
+        """
+        self._core.save_encoder(os.fspath(folder))
+
+    @classmethod
+    def load(cls: type[M], folder: "str | os.PathLike[str]") -> M:
+        """Read a model that :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: Files that are damaged, or that do not fit each other.
+            StorageError: The file system refused.
+
+        >>> import transformer_rs as tr
+        >>> tr.EncoderModel.load("no/such/folder")
+        Traceback (most recent call last):
+            ...
+        transformer_rs.errors.StorageError: no/such/folder/model.safetensors: No such file or directory (os error 2)
+        """
+        return cls._of(_core.Layer.load_encoder(os.fspath(folder)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the config and the weights."""
+        return _revive, (type(self), self._config, self.seed, self.state_dict())
+
+    def __repr__(self) -> str:
+        """Show the config."""
+        return f"<{type(self).__name__} with {self.num_parameters:,} parameters, {self._config}>"
+
+
+def _revive(cls: type[M], config: EncoderConfig, seed: int | None, state: dict[str, FloatArray]) -> M:
+    model = cls._of(_core.Layer.encoder(config.to_json(), None), seed)
+    model.load_state_dict(state)
+    return model
+
+
+def _sizes(value: Any) -> Any:
+    return [np.shape(sequence) for sequence in value] if is_list(value) else np.shape(value)
