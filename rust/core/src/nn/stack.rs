@@ -24,6 +24,14 @@ impl<T: Float> LayerState<T> {
         }
         self.own.reorder(parents)
     }
+
+    /// Puts the sequences of another decoding by the same layer behind these.
+    pub fn join(&mut self, other: Self) -> Result<()> {
+        if let (Some(memory), Some(other)) = (&mut self.memory, other.memory) {
+            memory.join(other)?;
+        }
+        self.own.join(other.own)
+    }
 }
 
 /// An encoder or a decoder.
