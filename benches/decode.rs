@@ -3,7 +3,7 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
 use std::time::Duration;
-use transformer_core::generate::{GenerateOptions, hypotheses};
+use transformer_core::generate::{GenerateOptions, Length, hypotheses};
 use transformer_core::models::{Transformer, TransformerConfig};
 use transformer_core::rows::Rows;
 use transformer_core::tape::{Params, Pool};
@@ -27,12 +27,16 @@ fn decode(c: &mut Criterion) {
         let src: Vec<u32> = (0..sources * TOKENS).map(|i| 3 + (i * 37 % 7000) as u32).collect();
         let rows = Rows::from_lengths(&vec![TOKENS; sources]);
         for beam in [1, 4] {
-            let options =
-                GenerateOptions { beam, min_len: TOKENS, max_len: Some(TOKENS), ..GenerateOptions::default() };
+            let options = GenerateOptions {
+                beam,
+                min_len: Length::Fixed(TOKENS),
+                max_len: Some(Length::Fixed(TOKENS)),
+                ..GenerateOptions::default()
+            };
             let mut pool = Pool::default();
             group.throughput(Throughput::Elements((sources * TOKENS) as u64));
             group.bench_function(BenchmarkId::new(format!("beam {beam}"), format!("batch {sources}")), |b| {
-                b.iter(|| black_box(hypotheses(&model, &mut pool, &params, &src, &rows, &options).unwrap()));
+                b.iter(|| black_box(hypotheses(&model, &mut pool, &params, &src, &rows, &options, None).unwrap()));
             });
         }
     }

@@ -138,17 +138,6 @@ def test_score_takes_batches_of_every_form():
             model.score(SOURCES, targets, eos=eos)
 
 
-def test_many_sources_are_decoded_in_parts(monkeypatch):
-    model = model_of(2)
-    expected = [h.ids.tolist() for best in model.hypotheses(SOURCES, beam=2, n_best=2, max_len=6) for h in best]
-    for at_once in (1, 4, 6):
-        monkeypatch.setattr("transformer_rs.transformer._AT_ONCE", at_once)
-        found = model.hypotheses(SOURCES, beam=2, n_best=2, max_len=6)
-        assert [h.ids.tolist() for best in found for h in best] == expected
-    with pytest.raises(tr.ConfigError, match=r"min_len.*source 0.*counted from source 1"):
-        model.generate([[3] * 9, [3]], min_len=20, beam=4)
-
-
 def test_attention_is_the_calls_own():
     model = model_of(4)
     for source, best in zip(SOURCES, model.hypotheses(SOURCES, beam=3, n_best=2, max_len=5), strict=True):
@@ -204,10 +193,6 @@ def test_padded_sources_and_lengths():
         ({"length_penalty": -1.0}, tr.ConfigError, "length_penalty"),
         ({"length_penalty": float("nan")}, tr.ConfigError, "length_penalty"),
         ({"length_penalty": "x"}, tr.DTypeError, "length_penalty"),
-        ({"temperature": 0.7}, tr.UnsupportedError, "sampling"),
-        ({"top_k": 5}, tr.UnsupportedError, "sampling"),
-        ({"top_p": 0.9}, tr.UnsupportedError, "sampling"),
-        ({"stream": True}, tr.UnsupportedError, "streaming"),
         ({"n_best": 2}, tr.ConfigError, "n_best"),
     ],
 )

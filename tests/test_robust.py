@@ -14,7 +14,7 @@ import pytest
 import transformer_rs as tr
 
 START = """
-import _thread, os, signal, sys, threading, time
+import _thread, itertools, os, signal, sys, threading, time
 import numpy as np
 import transformer_rs as tr
 def model_of(d=64, layers=2, dropout=0.1, vocabulary=40):
@@ -97,6 +97,11 @@ class TestInterrupt:
         [
             "generate(ids, max_len=4000)",
             "hypotheses(ids, beam=5, max_len=4000)",
+            "hypotheses(ids, n_best=5, max_len=4000, temperature=1.0, top_p=0.9, no_repeat_ngram=3, alternatives=5)",
+            "generate(ids, max_len=4000, logits_processor=lambda ids, logits: logits)",
+            "encode(np.tile(ids, (2, 2)))",
+            "generate_iter and list(model.generate_iter(itertools.cycle(ids), max_len=50))",
+            "generate_iter and list(model.generate_iter(itertools.cycle(ids), max_len=50, workers=2))",
             "score(ids, ids)",
             "__call__(ids, ids)",
         ],
@@ -118,6 +123,27 @@ class TestInterrupt:
             after = model.generate(ids[:2, :4], max_len=3)
             assert all((a == b).all() for a, b in zip(before, after))
             print(late)
+        """)
+        assert float(late) < 0.5
+
+    def test_in_a_stream(self):
+        """Between two tokens, in a processor, or in one long first step: the stream ends, the model goes on."""
+        late = python("""
+            model = model_of(d=256, layers=4, dropout=0.0)
+            source = np.random.default_rng(0).integers(3, 40, 3000)
+            before = list(model.stream(source[:5], max_len=3))
+            worst = 0
+            for options in ({}, {"logits_processor": lambda ids, logits: time.sleep(0.01) or logits}):
+                stream = model.stream(source, max_len=100_000, min_len=100_000, **options)
+                sent = press(0.3)
+                try:
+                    for _ in stream: pass
+                    sys.exit("too quick to tell")
+                except KeyboardInterrupt:
+                    worst = max(worst, time.perf_counter() - sent[0])
+                assert next(stream, None) is None
+            assert list(model.stream(source[:5], max_len=3)) == before
+            print(worst)
         """)
         assert float(late) < 0.5
 
@@ -218,6 +244,25 @@ def test_eight_threads_on_one_model():
             s = sources[i]
             got = model(s, s)[0], model.generate(s, max_len=8)[0], model.score(s, s)[0]
             assert all(np.array_equal(a, b) for a, b in zip(got, expected[i], strict=True))
+
+    together(8, work)
+
+
+def test_eight_threads_decode_each_in_its_own_way():
+    model = model_of()
+    ways = [
+        {"beam": 3}, {"temperature": 1.0, "seed": 3}, {"no_repeat_ngram": 2}, {"prefixes": [[5, 6]], "suppress": [7]},
+        {"logits_processor": lambda ids, logits: logits[::-1].copy()}, {"top_p": 0.5, "seed": 1}, {"min_len": 9}, {},
+    ]  # fmt: skip
+    source = [[3, 4, 5, 6, 7]]
+    expected = [model.generate(source, **way)[0].tolist() for way in ways]
+
+    def work(i):
+        stream = model.stream(source[0]) if not ways[i] else None
+        for _ in range(5):
+            assert model.generate(source, **ways[i])[0].tolist() == expected[i]
+        if stream is not None:
+            assert list(stream) == expected[i]
 
     together(8, work)
 

@@ -27,7 +27,7 @@ from .errors import (
     TransformerRsError,
     UnsupportedError,
 )
-from .hypothesis import Hypothesis
+from .hypothesis import Alternatives, Hypothesis
 from .optimizers import SGD, Adam, AdamW
 from .threads import get_num_threads, num_threads, set_num_threads
 from .trainer import Evaluation, StepResult, Trainer
@@ -37,6 +37,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "Alternatives",
     "Attention",
     "Bert",
     "CheckpointError",

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from ._arrays import BoolArray, FloatArray, IntArray
 
 __all__ = [
+    "Decoder",
     "Layer",
     "OptimizerState",
     "Pullback",
@@ -46,6 +47,7 @@ _Maybe: TypeAlias = FloatArray | None
 
 _Packed: TypeAlias = tuple[IntArray, IntArray, IntArray, IntArray]
 _Place: TypeAlias = tuple[int, int]
+_Found: TypeAlias = tuple[IntArray, float, NDArray[np.float32], bool, tuple[IntArray, NDArray[np.float32]] | None]
 _Step: TypeAlias = tuple[float, float, int, float, float, int]
 
 @final
@@ -124,18 +126,18 @@ class Transformer:
         self, src: IntArray, src_lengths: IntArray, tgt_in: IntArray, tgt_lengths: IntArray, attention: bool
     ) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]: ...
     def score(
-        self, src: IntArray, src_lengths: IntArray, tgt: IntArray, tgt_lengths: IntArray, eos: list[bool]
-    ) -> NDArray[np.float32]: ...
-    def hypotheses(
-        self,
-        src: IntArray,
-        src_lengths: IntArray,
-        max_len: int | None,
-        min_len: int,
-        beam: int,
-        n_best: int,
-        length_penalty: float,
-    ) -> list[list[tuple[IntArray, float, NDArray[np.float32], bool]]]: ...
+        self, src: IntArray, src_lengths: IntArray, tgt: IntArray, tgt_lengths: IntArray, eos: list[bool], rows: bool
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]: ...
+    def encode(self, src: IntArray, src_lengths: IntArray) -> NDArray[np.float32]: ...
+    def hypotheses(self, src: IntArray, src_lengths: IntArray, settings: dict[str, Any]) -> list[list[_Found]]: ...
+
+@final
+class Decoder:
+    def __new__(cls, model: Transformer, settings: dict[str, Any]) -> Decoder: ...
+    def push(self, src: IntArray, src_lengths: IntArray, numbers: list[int]) -> None: ...
+    def step(self, until_done: bool) -> tuple[int | None, list[tuple[int, list[_Found]]]]: ...
+    def stop(self) -> None: ...
+    def sources(self) -> int: ...
 
 @final
 class Trainer:

@@ -10,7 +10,24 @@ from numpy.typing import NDArray
 
 from ._arrays import IntArray
 
-__all__ = ["Hypothesis"]
+__all__ = ["Alternatives", "Hypothesis"]
+
+
+@dataclass(frozen=True, eq=False)
+class Alternatives:
+    """The model's likeliest tokens at each step of a hypothesis, BOS and PAD among them, before penalties and processors.
+
+    >>> import transformer_rs as tr
+    >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, d_ff=32)
+    >>> best = tr.Transformer(config, seed=0).hypotheses([[3, 4, 5, 6]], max_len=2, alternatives=3)[0][0]
+    >>> best.alternatives.ids.shape == best.alternatives.logprobs.shape == (len(best.token_logprobs), 3)
+    True
+    """
+
+    ids: IntArray
+    """(len(token_logprobs), k), the likeliest first, the lowest id first among equals."""
+    logprobs: NDArray[np.float32]
+    """Their log-probabilities, natural logarithms."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +48,12 @@ class Hypothesis:
     score: float
     """``sum(token_logprobs) / len(token_logprobs) ** length_penalty``."""
     token_logprobs: NDArray[np.float32]
-    """The model's own log-probability of each token, EOS last if `finished`; natural logarithms."""
+    """The model's own log-probability of each token, before penalties and processors; EOS last if `finished`; natural
+    logarithms."""
     finished: bool
     """Whether the model ended with EOS; otherwise ``max_len`` cut it off."""
+    alternatives: Alternatives | None
+    """The likeliest tokens at each step, if they were asked for."""
     _look: Callable[[], NDArray[np.float32]] = field(repr=False)
 
     @cached_property

@@ -9,17 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core, _torch
-from ._arrays import ArrayLike, Batch, FloatArray, Ids, IntArray, as_bool, as_float, as_ids, as_seed, as_size, cut
+from ._arrays import ArrayLike, Batch, FloatArray, as_bool, as_float, as_ids, as_seed, cut
 from ._sequences import same_batch, sources, targets
-from ._values import as_finite, maybe_size
 from .config import TransformerConfig
-from .errors import ConfigError, DTypeError, ShapeError, TransformerRsError, UnsupportedError
-from .hypothesis import Hypothesis
+from .errors import DTypeError, ShapeError
+from .generation import Generation
 
 __all__ = ["Attention", "Transformer"]
-
-# Hypotheses that are decoded side by side: more would be no faster, and their caches fill the memory.
-_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +40,7 @@ class Attention:
     """L are target positions, M source positions."""
 
 
-class Transformer:
+class Transformer(Generation):
     """The model of "Attention Is All You Need" (Vaswani et al. 2017), whole: embeddings to logits.
 
     Ids come as a list of sequences (ragged) or as an array (B, T) (padded); a trailing run of ``config.pad_id`` is
@@ -195,138 +191,23 @@ class Transformer:
             to[:, : part.shape[1], : part.shape[2]] = part
         return padded
 
-    def generate(
-        self,
-        src: ArrayLike,
-        *,
-        lengths: ArrayLike | None = None,
-        src_lengths: ArrayLike | None = None,
-        max_len: int | None = None,
-        min_len: int = 0,
-        beam: int = 1,
-        length_penalty: float = 1.0,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stream: bool = False,
-    ) -> list[IntArray]:
-        """Say what the model finds likeliest, by greedy or beam search. The bits of a result depend on its source alone.
+    def encode(self, src: ArrayLike, *, lengths: ArrayLike | None = None, src_lengths: ArrayLike | None = None) -> Any:
+        """Compute the encoder's states, which the decoder attends to. The bits of a source depend on it alone.
 
         Args:
             src: Source ids, ragged or padded (B, S).
             lengths: What is real of each source; ``src_lengths`` is another name for it.
-            max_len: The most ids to return; None means ``2 * len(src_i) + 10``.
-            min_len: The fewest ids to return.
-            beam: Hypotheses kept alive; 1 is greedy. Ties go to the lowest id.
-            length_penalty: The power a in ``score = sum(log p) / n ** a``, n the number of tokens with EOS.
-            temperature, top_k, top_p, stream: Not available yet.
 
         Returns:
-            A list of int64 arrays, without BOS and EOS.
-
-        Raises:
-            ConfigError: Settings outside their domain or against each other.
-            NonFiniteError: The logits are not finite.
-            UnsupportedError: Sampling or streaming.
+            A list of f32 arrays (S_i, D), or one (B, S, D) with zeros at padding.
 
         >>> import transformer_rs as tr
         >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, d_ff=32)
-        >>> model = tr.Transformer(config, seed=0)
-        >>> len(model.generate([[3, 4, 5], [6]], max_len=4))
-        2
+        >>> [states.shape for states in tr.Transformer(config, seed=0).encode([[3, 4, 5], [6]])]
+        [(3, 16), (1, 16)]
         """
-        op = "Transformer.generate"
-        _not_yet(op, temperature=temperature, top_k=top_k, top_p=top_p, stream=stream or None)
-        _, found = self._search(op, src, lengths, src_lengths, max_len, min_len, beam, 1, length_penalty)
-        return [best[0][0] for best in found]
-
-    def hypotheses(
-        self,
-        src: ArrayLike,
-        *,
-        n_best: int = 1,
-        lengths: ArrayLike | None = None,
-        src_lengths: ArrayLike | None = None,
-        max_len: int | None = None,
-        min_len: int = 0,
-        beam: int = 1,
-        length_penalty: float = 1.0,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-    ) -> list[list[Hypothesis]]:
-        """Say what the model finds likeliest, with scores and attention. See :meth:`generate` for the settings.
-
-        Args:
-            n_best: Hypotheses to return of each source, best first; at most ``beam``.
-
-        Returns:
-            For every source a list of :class:`Hypothesis`: ``n_best`` of them, or as many as there are.
-
-        >>> import transformer_rs as tr
-        >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, d_ff=32)
-        >>> model = tr.Transformer(config, seed=0)
-        >>> best = model.hypotheses([[3, 4, 5]], beam=3, n_best=2, max_len=4)[0]
-        >>> best[0].score >= best[1].score
-        True
-        """
-        op = "Transformer.hypotheses"
-        _not_yet(op, temperature=temperature, top_k=top_k, top_p=top_p)
-        version = self._core.version()
-        source, found = self._search(op, src, lengths, src_lengths, max_len, min_len, beam, n_best, length_penalty)
-        return [
-            [Hypothesis(*one, self._looks(ids, one[0], len(one[2]), version)) for one in best]
-            for ids, best in zip(source.sequences(), found, strict=True)
-        ]
-
-    def _search(
-        self,
-        op: str,
-        src: Any,
-        lengths: Any,
-        src_lengths: Any,
-        max_len: Any,
-        min_len: Any,
-        beam: Any,
-        n_best: Any,
-        a: Any,
-    ) -> tuple[Ids, list[list[tuple[IntArray, float, NDArray[np.float32], bool]]]]:
-        if lengths is not None and src_lengths is not None:
-            raise ConfigError(f"{op}: `lengths` and `src_lengths` are two names of one argument; pass one of them")
-        ids = sources(op, self._config, src, src_lengths if lengths is None else lengths)
-        settings = (
-            maybe_size(op, "max_len", max_len, 1),
-            as_size(op, "min_len", min_len, 0),
-            as_size(op, "beam", beam, 1),
-            as_size(op, "n_best", n_best, 1),
-            as_finite(op, "length_penalty", a),
-        )
-        found: list[list[tuple[IntArray, float, NDArray[np.float32], bool]]] = []
-        sequences, step = ids.sequences(), max(1, _AT_ONCE // settings[2])
-        for start in range(0, len(sequences), step):
-            part = slice(start, start + step)
-            try:
-                found += self._core.hypotheses(np.concatenate(sequences[part]), ids.lengths[part], *settings)
-            except TransformerRsError as error:
-                if start:
-                    raise type(error)(f"{error} (counted from source {start})") from None
-                raise
-        return ids, found
-
-    def _looks(self, source: IntArray, ids: IntArray, tokens: int, version: int) -> Any:
-        """Where the tokens of a hypothesis looked, computed when somebody asks."""
-
-        def attention() -> NDArray[np.float32]:
-            if self._core.version() != version:
-                remedy = "read it before the weights change"
-                raise ConfigError(f"Hypothesis.attention: the weights are not those that made it; {remedy}")
-            tgt_in = np.concatenate([[self._config.bos_id], ids])[:tokens]
-            lengths = np.array([len(source)]), np.array([tokens])
-            _, weights = self._core.forward(source, lengths[0], tgt_in, lengths[1], True)
-            cross = weights[self._config.n_encoder_layers + 1 :: 2]
-            return np.stack([layer.reshape(self._config.n_heads, tokens, len(source)) for layer in cross])
-
-        return attention
+        ids = self._sources("Transformer.encode", src, lengths, src_lengths)
+        return ids.give_back(self._core.encode(ids.ids, ids.lengths))
 
     def score(
         self,
@@ -334,9 +215,10 @@ class Transformer:
         tgt: ArrayLike,
         *,
         eos: bool | Sequence[bool] = True,
+        return_rows: bool = False,
         src_lengths: ArrayLike | None = None,
         tgt_lengths: ArrayLike | None = None,
-    ) -> list[NDArray[np.float32]]:
+    ) -> Any:
         """Give the model's own log-probability of each token of given targets.
 
         Equal, bit for bit, to ``token_logprobs`` of a hypothesis with these ids, if ``eos`` is its ``finished``.
@@ -345,9 +227,11 @@ class Transformer:
             src: Source ids, ragged or padded (B, S).
             tgt: Plain targets, ragged or padded (B, T); they may be empty.
             eos: Whether a target ends here, so that EOS is scored too, as the last entry: for all, or for each.
+            return_rows: Also give the log-probabilities of all tokens in every place; the scores keep their bits.
 
         Returns:
-            A list of f32 arrays (T_i,), or (T_i + 1,) with EOS; natural logarithms.
+            A list of f32 arrays (T_i,), or (T_i + 1,) with EOS; natural logarithms. With ``return_rows`` also a list of
+            arrays (T_i, V), or (T_i + 1, V).
 
         Raises:
             ShapeError: Batches that do not pair up; a target that holds BOS or EOS.
@@ -355,8 +239,9 @@ class Transformer:
         >>> import transformer_rs as tr
         >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, d_ff=32)
         >>> model = tr.Transformer(config, seed=0)
-        >>> [scores.shape for scores in model.score([[3, 4, 5]], [[3, 4]])]
-        [(3,)]
+        >>> scores, rows = model.score([[3, 4, 5]], [[3, 4]], return_rows=True)
+        >>> scores[0].shape, rows[0].shape, bool(scores[0][1] == rows[0][1, 4])
+        ((3,), (3, 7), True)
         """
         op, config = "Transformer.score", self._config
         one, other = sources(op, config, src, src_lengths), targets(op, config, tgt, tgt_lengths, empty=True)
@@ -366,8 +251,9 @@ class Transformer:
             message = f"expected one bool for all or {len(other.lengths)}, got shape {ends.shape}"
             raise ShapeError(f"{op}: argument `eos`: {message}")
         ends = np.broadcast_to(ends, other.lengths.shape)
-        flat = self._core.score(one.ids, one.lengths, other.ids, other.lengths, ends.tolist())
-        return cut(flat, other.lengths + ends)
+        flat, rows = self._core.score(one.ids, one.lengths, other.ids, other.lengths, ends.tolist(), bool(return_rows))
+        scores = cut(flat, other.lengths + ends)
+        return scores if rows is None else (scores, cut(rows, other.lengths + ends))
 
     def state_dict(self) -> dict[str, NDArray[np.float32]]:
         """Give a copy of every parameter and statistic by name.
@@ -525,10 +411,3 @@ def _revive(config: TransformerConfig, seed: int | None, state: dict[str, Any]) 
     model._seed = seed
     model._core.load_state_dict(state)
     return model
-
-
-def _not_yet(op: str, **settings: Any) -> None:
-    for name, value in settings.items():
-        if value is not None:
-            what = "streaming" if name == "stream" else "sampling"
-            raise UnsupportedError(f"{op}: argument `{name}`: {what} is not available yet; leave it out")

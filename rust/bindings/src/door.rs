@@ -6,6 +6,7 @@ use pyo3::sync::PyOnceLock;
 use std::any::Any;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use transformer_core::error::{Error, Result};
 use transformer_core::{simd, threads};
 
@@ -14,6 +15,15 @@ use transformer_core::{simd, threads};
 ///
 /// Nothing else in this crate lets go of the interpreter. Locks that a long call may hold are taken inside `work`.
 pub fn run<R: Send>(py: Python<'_>, work: impl FnOnce() -> Result<R> + Send) -> PyResult<R> {
+    run_until(py, None, work)
+}
+
+/// [`run`], ended as by Ctrl-C when another thread sets `stop`.
+pub fn run_until<R: Send>(
+    py: Python<'_>,
+    stop: Option<&AtomicBool>,
+    work: impl FnOnce() -> Result<R> + Send,
+) -> PyResult<R> {
     simd::isa().map_err(raise)?;
     let limit = context_limit(py)?;
     let main = on_main_thread(py)?;
@@ -21,13 +31,13 @@ pub fn run<R: Send>(py: Python<'_>, work: impl FnOnce() -> Result<R> + Send) -> 
     let (result, raised) = py.detach(|| {
         let raised = Cell::new(None);
         let poll = || {
-            let signals = Python::attach(|py| py.check_signals());
-            let stop = signals.is_err();
+            // Only the main thread runs signal handlers: the others need not ask.
+            let signals = if main { Python::attach(|py| py.check_signals()) } else { Ok(()) };
+            let end = signals.is_err() || stop.is_some_and(|stop| stop.load(Ordering::Relaxed));
             raised.set(signals.err());
-            stop
+            end
         };
-        // Only the main thread runs signal handlers: the others need not ask.
-        let poll: Option<&dyn Fn() -> bool> = if main { Some(&poll) } else { None };
+        let poll: Option<&dyn Fn() -> bool> = if main || stop.is_some() { Some(&poll) } else { None };
         let section = || threads::section(poll, work);
         let limited = || match limit {
             Some(n) => threads::with_local_limit(n, section),

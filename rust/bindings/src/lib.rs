@@ -6,6 +6,7 @@ pub mod door;
 pub mod errors;
 pub mod form;
 pub mod functional;
+pub mod generate;
 pub mod layer;
 pub mod optimizer;
 pub mod pools;
@@ -28,6 +29,8 @@ mod _core {
     use crate::functional::{
         activation, attention, batch_norm, cross_entropy, dropout, embedding, gated, layer_norm, linear, rms_norm,
     };
+    #[pymodule_export]
+    use crate::generate::Decoder;
     #[pymodule_export]
     use crate::layer::{Layer, check_encoder_config, read_safetensors};
     #[pymodule_export]

@@ -1,8 +1,9 @@
 //! The Transformer: weights that calls read together and training writes alone.
 
-use crate::arrays::{named_arrays, read_named, to_array, token_ids, with_slice};
+use crate::arrays::{copy, named_arrays, read_named, to_array, token_ids, with_slice};
 use crate::door;
 use crate::errors::{ShapeError, raise};
+use crate::generate;
 use crate::pools::Home;
 use numpy::{PyArray1, PyArrayDyn, PyArrayMethods};
 use pyo3::prelude::*;
@@ -12,7 +13,6 @@ use std::sync::{Arc, Mutex, MutexGuard, RwLock, TryLockError};
 use std::time::Duration;
 use transformer_core::checkpoint::{self, Checkpoint, NamedArray};
 use transformer_core::error::{Error, Result};
-use transformer_core::generate::{GenerateOptions, hypotheses};
 use transformer_core::models::{self, Batch, TransformerConfig};
 use transformer_core::rows::Rows;
 use transformer_core::tape::{AttentionWeights, Params, Pool, Tape};
@@ -75,7 +75,7 @@ impl Model {
     }
 
     /// Reads the weights, with a pool of buffers.
-    fn with_pool<R>(&self, work: impl FnOnce(&Params<f32>, &mut Pool<f32>) -> Result<R>) -> Result<R> {
+    pub fn with_pool<R>(&self, work: impl FnOnce(&Params<f32>, &mut Pool<f32>) -> Result<R>) -> Result<R> {
         self.read(|params| {
             let mut pool = self.home.take();
             let result = work(params, &mut pool);
@@ -154,8 +154,6 @@ impl Sequences {
 
 type Ids<'py> = Bound<'py, PyArray1<i64>>;
 type Array<'py> = Bound<'py, PyArrayDyn<f32>>;
-/// `(ids, score, token_logprobs, finished)`
-type Found<'py> = (Ids<'py>, f64, Array<'py>, bool);
 
 /// The model of "Attention Is All You Need", whole.
 #[pyclass(frozen, module = "transformer_rs._core")]
@@ -257,7 +255,8 @@ impl Transformer {
         Ok((to_array(py, logits, &shape)?, weights.into_iter().map(flat).collect::<PyResult<_>>()?))
     }
 
-    /// The log-probability of every target token; where `eos` says so, of EOS after it.
+    /// The log-probability of every target token; where `eos` says so, of EOS after it. With `rows`, those of all tokens in
+    /// these places too, (R, V).
     fn score<'py>(
         &self,
         py: Python<'py>,
@@ -266,7 +265,8 @@ impl Transformer {
         tgt: &Ids<'py>,
         tgt_lengths: &Ids<'py>,
         eos: Vec<bool>,
-    ) -> PyResult<Array<'py>> {
+        rows: bool,
+    ) -> PyResult<(Array<'py>, Option<Array<'py>>)> {
         let (src, tgt) = (Sequences::read(src, src_lengths)?, Sequences::read(tgt, tgt_lengths)?);
         let config = self.model.layers.config();
         let (mut tgt_in, mut tgt_out, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
@@ -279,10 +279,23 @@ impl Transformer {
         }
         let (src_rows, tgt_rows) = (src.rows(), Rows::from_lengths(&lengths));
         let batch = Batch { src: src.ids, src_rows, tgt_in, tgt_out, tgt_rows };
-        let scores =
-            door::run(py, || self.model.evaluate(|tape, params| self.model.layers.score(tape, params, &batch)))?;
+        let layers = &self.model.layers;
+        let (scores, rows) = door::run(py, || {
+            self.model.evaluate(|tape, params| {
+                if !rows {
+                    return Ok((layers.score(tape, params, &batch)?, None));
+                }
+                let all = layers.log_probabilities(tape, params, &batch)?;
+                let rows = copy(&all)?;
+                tape.pool.recycle(all);
+                let of = |(row, &id): (&[f32], &u32)| row.get(id as usize).copied();
+                let scores = rows.chunks(config.tgt_vocab).zip(&batch.tgt_out).filter_map(of).collect();
+                Ok((scores, Some(rows)))
+            })
+        })?;
         let n = scores.len();
-        to_array(py, scores, &[n])
+        let rows = rows.map(|rows| to_array(py, rows, &[n, config.tgt_vocab])).transpose()?;
+        Ok((to_array(py, scores, &[n])?, rows))
     }
 
     /// The best hypotheses of every source.
@@ -291,24 +304,22 @@ impl Transformer {
         py: Python<'py>,
         src: &Ids<'py>,
         src_lengths: &Ids<'py>,
-        max_len: Option<usize>,
-        min_len: usize,
-        beam: usize,
-        n_best: usize,
-        length_penalty: f64,
-    ) -> PyResult<Vec<Vec<Found<'py>>>> {
+        settings: generate::Settings,
+    ) -> PyResult<Vec<Vec<generate::Found<'py>>>> {
+        generate::hypotheses(py, &self.model, &Sequences::read(src, src_lengths)?, settings)
+    }
+
+    /// Encoder states (R, D).
+    fn encode<'py>(&self, py: Python<'py>, src: &Ids<'py>, src_lengths: &Ids<'py>) -> PyResult<Array<'py>> {
         let src = Sequences::read(src, src_lengths)?;
-        let options = GenerateOptions { max_len, min_len, beam, n_best, length_penalty, attention: false };
-        let found = door::run(py, || {
-            self.model
-                .with_pool(|params, pool| hypotheses(&self.model.layers, pool, params, &src.ids, &src.rows(), &options))
+        let (values, shape) = door::run(py, || {
+            self.model.evaluate(|tape, params| {
+                let memory = self.model.layers.encode(tape, params, &src.ids, &src.rows())?;
+                let memory = tape.value(memory)?;
+                Ok((copy(memory)?, [memory.rows(), memory.cols()]))
+            })
         })?;
-        let give = |h: transformer_core::generate::Hypothesis| {
-            let ids = PyArray1::from_iter(py, h.ids.iter().map(|&id| i64::from(id)));
-            let n = h.token_logprobs.len();
-            Ok((ids, h.score, to_array(py, h.token_logprobs, &[n])?, h.finished))
-        };
-        found.into_iter().map(|best| best.into_iter().map(give).collect()).collect()
+        to_array(py, values, &shape)
     }
 }
 

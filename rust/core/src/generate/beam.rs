@@ -1,61 +1,92 @@
-//! Beam search over the hypotheses of one source. It knows tokens and their log-probabilities, no model.
+//! The hypotheses of one source. It knows tokens and their log-probabilities, no model.
 
-use super::options::{GenerateOptions, Hypothesis};
-use super::top_k::Token;
+use super::hypothesis::Hypothesis;
+use super::options::{GenerateOptions, Plan};
+use crate::kernels::top_k::Entry;
+use std::sync::Arc;
+
+/// A token that may follow a hypothesis.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Candidate {
+    pub id: u32,
+    /// The model's log-probability.
+    pub logprob: f32,
+    /// What the search goes by: the same, after penalties and processors.
+    pub value: f32,
+}
+
+/// What may follow one live hypothesis.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Follow {
+    /// Best first.
+    pub candidates: Vec<Candidate>,
+    /// The likeliest tokens, for whoever asked to see them.
+    pub alternatives: Arc<[Entry]>,
+}
 
 /// A token in the tree of everything kept so far; hypotheses share what they have in common.
 #[derive(Debug)]
 struct Node {
     parent: Option<usize>,
-    token: Token,
+    id: u32,
+    logprob: f32,
+    alternatives: Arc<[Entry]>,
 }
 
 /// A path from the root of the tree.
 #[derive(Clone, Copy, Debug)]
 struct Path {
     last: Option<usize>,
-    /// Σ log p of its tokens.
+    /// Σ of the values of its tokens.
     sum: f64,
+    /// Its number among the hypotheses that are drawn.
+    draw: usize,
 }
 
 /// A path that nothing more is added to.
 #[derive(Debug)]
 struct Ended {
     path: Path,
-    score: f64,
+    /// Σ value / nᵅ
+    rank: f64,
     finished: bool,
 }
 
 /// The hypotheses of one source, all alive ones of the same length.
 ///
-/// A step ranks the continuations of all live hypotheses by one token: larger Σ log p first, then the lower beam, then the
-/// larger logit, then the lower id. Of the first `beam` of this ranking, those with EOS are finished; the first `beam`
-/// without EOS live on. The search ends
-/// - when `beam` hypotheses are finished: with `beam = 1` at the first EOS that is the likeliest token, as greedy does;
+/// A step of the search ranks the continuations of all live hypotheses by one token: larger Σ value first, then the lower
+/// beam, then the larger value, then the lower id. Of the first `beam` of this ranking, those with EOS are finished; the
+/// first `beam` without EOS live on. The search ends
+/// - when `patience` · `beam` hypotheses are finished: with `beam = 1` at the first EOS that is the best token, as greedy;
 /// - at `max_len`: what is alive then is returned unfinished, in competition with what is finished;
 /// - when no live hypothesis can overtake the `n_best`-th of the finished. As log p ≤ 0 and α ≥ 0, none of its
-///   continuations can score above Σ log p / max_lenᵅ; ending there changes no result.
+///   continuations can rank above Σ value / max_lenᵅ; ending there changes no result.
+///
+/// Hypotheses that are drawn live side by side, each for itself.
 #[derive(Debug)]
 pub(super) struct Beam {
-    options: GenerateOptions,
-    max_len: usize,
+    pub plan: Plan,
+    options: Arc<GenerateOptions>,
+    /// Whether values never rise above 0, so that sums can only fall.
+    falling: bool,
     nodes: Vec<Node>,
     live: Vec<Path>,
     ended: Vec<Ended>,
     /// Ids of every live hypothesis.
-    len: usize,
+    pub len: usize,
 }
 
 impl Beam {
-    /// One live hypothesis without tokens.
-    pub fn new(options: &GenerateOptions, max_len: usize) -> Self {
-        let root = Path { last: None, sum: 0.0 };
-        Beam { options: options.clone(), max_len, nodes: Vec::new(), live: vec![root], ended: Vec::new(), len: 0 }
+    /// One live hypothesis without tokens, or as many as are to be drawn.
+    pub fn new(options: Arc<GenerateOptions>, plan: Plan, falling: bool) -> Self {
+        let roots = if options.sampling.is_some() { options.n_best } else { 1 };
+        let live = (0..roots).map(|draw| Path { last: None, sum: 0.0, draw }).collect();
+        Beam { plan, options, falling, nodes: Vec::new(), live, ended: Vec::new(), len: 0 }
     }
 
     /// The last token of every live hypothesis; before the first step that is BOS, which `first` gives.
     pub fn last_tokens(&self, first: u32) -> impl ExactSizeIterator<Item = u32> + '_ {
-        self.live.iter().map(move |path| path.last.map_or(first, |last| self.nodes[last].token.id))
+        self.live.iter().map(move |path| path.last.map_or(first, |last| self.nodes[last].id))
     }
 
     /// Number of hypotheses that go on.
@@ -63,99 +94,168 @@ impl Beam {
         self.live.len()
     }
 
-    /// One step. `best` holds `k` continuations of every live hypothesis, likeliest first; k = `beam` + 1 is enough, as EOS
-    /// is one token. `survivor` is told the number of the parent of every hypothesis that lives on, in order.
-    pub fn step(&mut self, best: &[Token], k: usize, eos: u32, mut survivor: impl FnMut(usize)) {
-        let mut ranking: Vec<(usize, Token, f64)> = Vec::with_capacity(best.len());
-        for (beam, (path, tokens)) in self.live.iter().zip(best.chunks(k)).enumerate() {
-            let possible = tokens.iter().filter(|token| token.logprob > f32::NEG_INFINITY);
-            ranking.extend(possible.map(|&token| (beam, token, path.sum + f64::from(token.logprob))));
-        }
-        // Stable: what has equal sums stays in the order of beams and, within a beam, of logits and ids.
-        ranking.sort_by(|(.., a), (.., b)| b.total_cmp(a));
+    /// The ids of a live hypothesis.
+    pub fn ids(&self, live: usize) -> Vec<u32> {
+        let mut ids: Vec<u32> = self.nodes_of(self.live[live]).map(|node| node.id).collect();
+        ids.reverse();
+        ids
+    }
 
-        if ranking.is_empty() {
-            return self.end_all(); // everything that could follow is forbidden
-        }
-        let mut next = Vec::with_capacity(self.options.beam.min(ranking.len()));
-        for (rank, (beam, token, sum)) in ranking.into_iter().enumerate() {
-            if next.len() == self.options.beam {
-                break;
-            }
-            if token.id == eos && rank >= self.options.beam {
-                continue;
-            }
-            self.nodes.push(Node { parent: self.live[beam].last, token });
-            let path = Path { last: Some(self.nodes.len() - 1), sum };
-            if token.id == eos {
-                self.ended.push(Ended { path, score: self.options.score(sum, self.len + 1), finished: true });
-            } else {
-                next.push((beam, path));
-            }
-        }
-        self.len += 1;
+    /// The number in [0, 1) that decides the next token of a live hypothesis.
+    pub fn uniform(&self, live: usize) -> f64 {
+        self.plan.key.fold(self.live[live].draw as u64).uniform(self.len as u64)
+    }
+
+    /// One step: what follows each live hypothesis. In a search `beam` + 1 candidates are enough, as EOS is one token; of
+    /// what is drawn the first counts. `survivor` is told the parent of every hypothesis that lives on, in order.
+    pub fn step(&mut self, follows: &[Follow], eos: u32, mut survivor: impl FnMut(usize)) {
+        let next = match self.options.sampling {
+            Some(_) => self.draw(follows, eos),
+            None => self.search(follows, eos),
+        };
         self.live = next.iter().map(|&(_, path)| path).collect();
-        if self.ended.len() >= self.options.beam || self.decided() {
-            self.live.clear();
-        } else if self.len == self.max_len {
+        if self.len == self.plan.max_len {
             self.end_all();
         } else {
-            next.iter().for_each(|&(beam, _)| survivor(beam));
+            next.iter().take(self.live.len()).for_each(|&(parent, _)| survivor(parent));
         }
     }
 
-    /// Whether no live hypothesis can still come among the `n_best`.
-    fn decided(&self) -> bool {
-        let mut scores: Vec<f64> = self.ended.iter().map(|ended| ended.score).collect();
-        scores.sort_by(|a, b| b.total_cmp(a));
-        let highest = self.live.first().map_or(f64::NEG_INFINITY, |path| self.options.score(path.sum, self.max_len));
-        scores.get(self.options.n_best - 1).is_some_and(|&worst| highest <= worst)
+    fn search(&mut self, follows: &[Follow], eos: u32) -> Vec<(usize, Path)> {
+        let beam = self.options.beam;
+        let mut ranking: Vec<(usize, Candidate, f64)> = Vec::new();
+        for (parent, (path, follow)) in self.live.iter().zip(follows).enumerate() {
+            ranking.extend(follow.candidates.iter().map(|&c| (parent, c, path.sum + f64::from(c.value))));
+        }
+        // Stable: what has equal sums stays in the order of beams and, within a beam, of values and ids.
+        ranking.sort_by(|(.., a), (.., b)| b.total_cmp(a));
+
+        if ranking.is_empty() {
+            self.end_all(); // everything that could follow is forbidden
+            return Vec::new();
+        }
+        let mut next = Vec::with_capacity(beam.min(ranking.len()));
+        for (rank, (parent, candidate, sum)) in ranking.into_iter().enumerate() {
+            if next.len() == beam {
+                break;
+            }
+            if candidate.id == eos && rank >= beam {
+                continue;
+            }
+            let path = self.grow(parent, candidate, sum, &follows[parent]);
+            match candidate.id == eos {
+                true => self.end(path, self.len + 1, true),
+                false => next.push((parent, path)),
+            }
+        }
+        self.len += 1;
+        if self.ended.len() as f64 >= self.options.patience * beam as f64 || self.decided(&next) {
+            next.clear();
+        }
+        next
+    }
+
+    fn draw(&mut self, follows: &[Follow], eos: u32) -> Vec<(usize, Path)> {
+        let mut next = Vec::with_capacity(self.live.len());
+        for (parent, follow) in follows.iter().enumerate() {
+            let path = self.live[parent];
+            match follow.candidates.first() {
+                None => self.end(path, self.len, false), // everything is forbidden
+                Some(&candidate) => {
+                    let path = self.grow(parent, candidate, path.sum + f64::from(candidate.value), follow);
+                    match candidate.id == eos {
+                        true => self.end(path, self.len + 1, true),
+                        false => next.push((parent, path)),
+                    }
+                }
+            }
+        }
+        self.len += 1;
+        next
+    }
+
+    /// A live hypothesis with one token more.
+    fn grow(&mut self, parent: usize, candidate: Candidate, sum: f64, follow: &Follow) -> Path {
+        let Path { last, draw, .. } = self.live[parent];
+        let Candidate { id, logprob, .. } = candidate;
+        self.nodes.push(Node { parent: last, id, logprob, alternatives: follow.alternatives.clone() });
+        Path { last: Some(self.nodes.len() - 1), sum, draw }
+    }
+
+    fn end(&mut self, path: Path, tokens: usize, finished: bool) {
+        self.ended.push(Ended { path, rank: self.options.score(path.sum, tokens), finished });
     }
 
     /// Ends what is alive, unfinished.
     fn end_all(&mut self) {
-        for path in self.live.drain(..) {
-            self.ended.push(Ended { path, score: self.options.score(path.sum, self.len), finished: false });
+        for path in std::mem::take(&mut self.live) {
+            self.end(path, self.len, false);
         }
     }
 
-    /// The best that ended, best first; among equal scores what ended first.
+    /// Whether no live hypothesis can still come among the `n_best`.
+    fn decided(&self, live: &[(usize, Path)]) -> bool {
+        let mut ranks: Vec<f64> = self.ended.iter().map(|ended| ended.rank).collect();
+        ranks.sort_by(|a, b| b.total_cmp(a));
+        let highest =
+            live.first().map_or(f64::NEG_INFINITY, |(_, path)| self.options.score(path.sum, self.plan.max_len));
+        self.falling && ranks.get(self.options.n_best - 1).is_some_and(|&worst| highest <= worst)
+    }
+
+    /// The best that ended, best first; among equal ranks what ended first.
     pub fn into_best(mut self) -> Vec<Hypothesis> {
-        self.ended.sort_by(|a, b| b.score.total_cmp(&a.score));
+        self.ended.sort_by(|a, b| b.rank.total_cmp(&a.rank));
         self.ended.iter().take(self.options.n_best).map(|ended| self.hypothesis(ended)).collect()
     }
 
     fn hypothesis(&self, ended: &Ended) -> Hypothesis {
-        let path = std::iter::successors(ended.path.last, |&node| self.nodes[node].parent);
-        let mut tokens: Vec<Token> = path.map(|node| self.nodes[node].token).collect();
-        tokens.reverse();
-        let ids = &tokens[..tokens.len() - usize::from(ended.finished)];
+        let mut nodes: Vec<&Node> = self.nodes_of(ended.path).collect();
+        nodes.reverse();
+        let token_logprobs: Vec<f32> = nodes.iter().map(|node| node.logprob).collect();
+        let ids = &nodes[..nodes.len() - usize::from(ended.finished)];
         Hypothesis {
-            ids: ids.iter().map(|token| token.id).collect(),
-            score: ended.score,
-            token_logprobs: tokens.iter().map(|token| token.logprob).collect(),
+            ids: ids.iter().map(|node| node.id).collect(),
+            score: self.options.score(token_logprobs.iter().map(|&p| f64::from(p)).sum(), token_logprobs.len()),
+            token_logprobs,
             finished: ended.finished,
+            alternatives: nodes.iter().flat_map(|node| node.alternatives.iter().copied()).collect(),
             attention: None,
         }
+    }
+
+    /// The nodes of a path, the last first.
+    fn nodes_of(&self, path: Path) -> impl Iterator<Item = &Node> {
+        std::iter::successors(path.last.map(|last| &self.nodes[last]), |node| {
+            node.parent.map(|parent| &self.nodes[parent])
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::sampling::{Sampling, Seeds};
     use super::*;
+    use crate::rng::Key;
 
     const EOS: u32 = 2;
 
-    /// Rows of likeliest tokens, flat, and how many a row has.
+    /// What follows each live hypothesis; returns the parents of those that live on.
     fn step(beam: &mut Beam, rows: &[&[(u32, f32)]]) -> Vec<usize> {
-        let best: Vec<Token> = rows.concat().iter().map(|&(id, logprob)| Token { id, logprob }).collect();
+        let candidate = |&(id, logprob): &(u32, f32)| Candidate { id, logprob, value: logprob };
+        let follow =
+            |row: &&[(u32, f32)]| Follow { candidates: row.iter().map(candidate).collect(), ..Follow::default() };
         let mut parents = Vec::new();
-        beam.step(&best, rows[0].len(), EOS, |parent| parents.push(parent));
+        beam.step(&rows.iter().map(follow).collect::<Vec<_>>(), EOS, |parent| parents.push(parent));
         parents
     }
 
+    fn of(options: GenerateOptions, max_len: usize) -> Beam {
+        let plan = Plan { source: 0, ids: 1, max_len, min_len: 0, prefix: Vec::new(), key: Key::new(0) };
+        Beam::new(Arc::new(options), plan, true)
+    }
+
     fn beam(beam: usize, n_best: usize, length_penalty: f64, max_len: usize) -> Beam {
-        Beam::new(&GenerateOptions { beam, n_best, length_penalty, ..GenerateOptions::default() }, max_len)
+        of(GenerateOptions { beam, n_best, length_penalty, ..GenerateOptions::default() }, max_len)
     }
 
     #[test]
@@ -200,10 +300,50 @@ mod tests {
     }
 
     #[test]
+    fn patience_waits_for_more_and_little_of_it_for_less() {
+        for (patience, goes_on) in [(0.1, false), (1.0, true), (1.5, true)] {
+            let mut beam = of(GenerateOptions { beam: 2, n_best: 2, patience, ..GenerateOptions::default() }, 9);
+            step(&mut beam, &[&[(5, -1.0), (EOS, -2.0), (6, -3.0)]]);
+            assert_eq!(beam.alive() > 0, goes_on, "{patience}");
+            if goes_on {
+                step(&mut beam, &[&[(EOS, -0.1), (7, -2.0)], &[(7, -9.0)]]);
+                assert_eq!(beam.alive() > 0, patience > 1.0);
+            }
+        }
+    }
+
+    #[test]
+    fn the_search_goes_by_values_and_reports_the_models_own() {
+        let options = GenerateOptions { beam: 2, n_best: 2, ..GenerateOptions::default() };
+        let plan = Plan { source: 0, ids: 1, max_len: 1, min_len: 0, prefix: Vec::new(), key: Key::new(0) };
+        let mut beam = Beam::new(Arc::new(options), plan, false);
+        let candidates =
+            vec![Candidate { id: 5, logprob: -3.0, value: 1.0 }, Candidate { id: 6, logprob: -1.0, value: -1.0 }];
+        beam.step(&[Follow { candidates, ..Follow::default() }], EOS, |_| ());
+        let found: Vec<_> = beam.into_best().into_iter().map(|h| (h.ids[0], h.score)).collect();
+        assert_eq!(found, [(5, -3.0), (6, -1.0)]);
+    }
+
+    #[test]
+    fn drawn_hypotheses_live_and_end_each_for_itself() {
+        let seeds = Seeds::Shared(0);
+        let sampling = Some(Sampling { seeds, temperature: 1.0, top_k: None, top_p: None, min_p: None });
+        let mut beam = of(GenerateOptions { n_best: 3, sampling, ..GenerateOptions::default() }, 3);
+        let uniforms: Vec<f64> = (0..3).map(|live| beam.uniform(live)).collect();
+        assert!(uniforms[0] != uniforms[1] && uniforms[1] != uniforms[2]);
+        assert_eq!(step(&mut beam, &[&[(5, -1.0)], &[(EOS, -4.0)], &[(6, -3.0)]]), [0, 2]);
+        assert!((0..2).all(|live| beam.uniform(live) != uniforms[2 * live]));
+        assert_eq!(step(&mut beam, &[&[(7, -1.0)], &[]]), [0]);
+        assert!(step(&mut beam, &[&[(8, -1.0)]]).is_empty());
+        let found: Vec<_> = beam.into_best().into_iter().map(|h| (h.ids, h.score, h.finished)).collect();
+        assert_eq!(found, [(vec![5, 7, 8], -1.0, false), (vec![6], -3.0, false), (vec![], -4.0, true)]);
+    }
+
+    #[test]
     fn a_dead_end_is_returned_unfinished() {
         let mut beam = beam(2, 2, 1.0, 9);
-        step(&mut beam, &[&[(5, -1.0), (u32::MAX, f32::NEG_INFINITY), (u32::MAX, f32::NEG_INFINITY)]]);
-        assert_eq!((beam.alive(), step(&mut beam, &[&[(u32::MAX, f32::NEG_INFINITY)]])), (1, vec![]));
+        step(&mut beam, &[&[(5, -1.0)]]);
+        assert_eq!((beam.alive(), step(&mut beam, &[&[]])), (1, vec![]));
         let found = beam.into_best();
         assert!(found.len() == 1 && found[0].ids == [5] && !found[0].finished && found[0].score == -1.0);
     }

@@ -46,7 +46,7 @@ impl Fixture {
 
     fn search(&self, sources: &[&[u32]], options: &GenerateOptions) -> Result<Vec<Vec<Hypothesis>>> {
         let rows = Rows::from_lengths(&sources.iter().map(|s| s.len()).collect::<Vec<_>>());
-        hypotheses(&self.model, &mut Pool::default(), &self.params, &sources.concat(), &rows, options)
+        hypotheses(&self.model, &mut Pool::default(), &self.params, &sources.concat(), &rows, options, None)
     }
 
     /// The logits after a prefix.
@@ -70,13 +70,14 @@ impl Fixture {
 
     /// Beam search in plain words. It never ends early because the outcome is certain.
     fn plain_search(&self, src: &[u32], options: &GenerateOptions) -> Vec<Hypothesis> {
-        let max_len = options.max_len.unwrap_or(2 * src.len() + 10);
+        let Plan { max_len, min_len, .. } =
+            options.plans(self.model.config(), &Rows::from_lengths(&[src.len()]), 0..).unwrap()[0];
         let mut live = vec![(Vec::new(), Vec::new())];
         let mut ended = Vec::new();
         for len in 0..max_len {
             let mut all = Vec::new();
             for (beam, (ids, logprobs)) in live.iter().enumerate() {
-                for (id, logit, logprob) in self.continuations(src, ids, options.min_len) {
+                for (id, logit, logprob) in self.continuations(src, ids, min_len) {
                     let logprobs = [logprobs.as_slice(), &[logprob]].concat();
                     all.push((sum(&logprobs), beam, logit, id, logprobs));
                 }
@@ -91,7 +92,7 @@ impl Fixture {
             live = others
                 .map(|(_, beam, _, id, logprobs)| ([&live[*beam].0[..], &[*id]].concat(), logprobs.clone()))
                 .collect();
-            if ended.len() >= options.beam {
+            if ended.len() as f64 >= options.patience * options.beam as f64 {
                 break;
             }
             if len + 1 == max_len {
@@ -110,11 +111,15 @@ fn sum(logprobs: &[f32]) -> f64 {
 
 fn hypothesis(ids: Vec<u32>, token_logprobs: Vec<f32>, finished: bool, options: &GenerateOptions) -> Hypothesis {
     let score = sum(&token_logprobs) / libm::pow(token_logprobs.len() as f64, options.length_penalty);
-    Hypothesis { ids, score, token_logprobs, finished, attention: None }
+    Hypothesis { ids, score, token_logprobs, finished, alternatives: Vec::new(), attention: None }
 }
 
 /// Ragged sources, one of them empty.
 const SOURCES: [&[u32]; 5] = [&[3, 4, 5, 6, 7, 8], &[8, 3], &[], &[5, 5, 5, 1, 2, 4, 3, 6, 7], &[6]];
+
+fn fixed(n: usize) -> Option<Length> {
+    Some(Length::Fixed(n))
+}
 
 fn beams(beam: usize, n_best: usize) -> GenerateOptions {
     GenerateOptions { beam, n_best, ..GenerateOptions::default() }
@@ -134,16 +139,18 @@ fn every_option_equals_the_plain_search_bit_for_bit() {
     ];
     let options = [
         beams(1, 1),
-        GenerateOptions { min_len: 4, ..beams(1, 1) },
-        GenerateOptions { max_len: Some(3), ..beams(1, 1) },
+        GenerateOptions { min_len: Length::Fixed(4), ..beams(1, 1) },
+        GenerateOptions { max_len: fixed(3), ..beams(1, 1) },
         beams(2, 1),
         beams(3, 3),
         GenerateOptions { length_penalty: 0.0, ..beams(4, 2) },
         GenerateOptions { length_penalty: 0.6, ..beams(4, 1) },
-        GenerateOptions { length_penalty: 2.5, min_len: 2, ..beams(3, 2) },
-        GenerateOptions { max_len: Some(6), min_len: 6, ..beams(2, 2) },
-        GenerateOptions { max_len: Some(1), ..beams(2, 2) },
-        GenerateOptions { max_len: Some(5), ..beams(20, 7) },
+        GenerateOptions { length_penalty: 2.5, min_len: Length::Fixed(2), ..beams(3, 2) },
+        GenerateOptions { max_len: fixed(6), min_len: Length::Fixed(6), ..beams(2, 2) },
+        GenerateOptions { max_len: fixed(1), ..beams(2, 2) },
+        GenerateOptions { max_len: fixed(5), ..beams(20, 7) },
+        GenerateOptions { patience: 2.0, ..beams(3, 3) },
+        GenerateOptions { patience: 0.2, max_len: Some(Length::Relative(1.5, 2)), ..beams(3, 1) },
     ];
     let (mut finished, mut cut_off) = (0, 0);
     for (seed, config) in configs.into_iter().enumerate() {
@@ -186,7 +193,7 @@ fn a_beam_wider_than_the_language_finds_its_best() {
     // Letters 3 and 4, at most 4 of them: 15 ways to finish, 16 to be cut off.
     let fixture = Fixture::new(TransformerConfig { tgt_vocab: 5, ..config() }, 5);
     for length_penalty in [0.0, 1.0, 3.0] {
-        let options = GenerateOptions { max_len: Some(4), length_penalty, ..beams(1000, 31) };
+        let options = GenerateOptions { max_len: fixed(4), length_penalty, ..beams(1000, 31) };
         let src: &[u32] = &[4, 7, 3];
         let mut all = Vec::new();
         let mut prefixes = vec![(Vec::new(), Vec::new())];
@@ -233,12 +240,164 @@ fn a_source_gets_the_same_bits_alone_in_any_batch_order_and_number_of_threads() 
     }
 }
 
+/// Options that all do something to these sources.
+fn everything() -> Vec<GenerateOptions> {
+    let sampling = |seeds, top_p| Sampling { seeds, temperature: 0.8, top_k: Some(5), top_p, min_p: Some(0.01) };
+    let each = Seeds::Each(vec![7, 8, 9, 10, 11]);
+    let common = GenerateOptions {
+        repetition_penalty: 1.3,
+        no_repeat_ngram: Some(2),
+        suppress: vec![4],
+        forced: [(2, 5)].into(),
+        prefixes: vec![vec![3], vec![], vec![6, 6], vec![7], vec![]],
+        alternatives: 3,
+        min_len: Length::Relative(0.5, 2),
+        ..GenerateOptions::default()
+    };
+    vec![
+        common.clone(),
+        GenerateOptions { beam: 4, n_best: 3, patience: 2.0, attention: true, ..common.clone() },
+        GenerateOptions { n_best: 3, sampling: Some(sampling(each.clone(), None)), ..common.clone() },
+        GenerateOptions { sampling: Some(sampling(each, Some(0.9))), ..common },
+    ]
+}
+
+/// The options for one of the sources alone.
+fn only(options: &GenerateOptions, i: usize) -> GenerateOptions {
+    let mut options = options.clone();
+    options.prefixes = vec![options.prefixes[i].clone()];
+    if let Some(Sampling { seeds: Seeds::Each(seeds), .. }) = &mut options.sampling {
+        *seeds = vec![seeds[i]];
+    }
+    options
+}
+
+#[test]
+fn every_option_gives_the_same_bits_alone_and_on_any_threads() {
+    let fixture = Fixture::new(config(), 8);
+    let mut said = Vec::new();
+    for options in everything() {
+        let together = fixture.search(&SOURCES, &options).unwrap();
+        for (i, (src, expected)) in SOURCES.iter().zip(&together).enumerate() {
+            assert_eq!(&fixture.search(&[src], &only(&options, i)).unwrap()[0], expected);
+            assert_eq!(expected.len(), options.n_best);
+            for h in expected {
+                assert!(h.ids.starts_with(&options.prefixes[i]) && h.ids[2] == 5 && !h.ids.contains(&4));
+                assert_eq!(h.alternatives.len(), 3 * h.token_logprobs.len());
+                let best = h.alternatives.chunks(3).zip(&h.token_logprobs);
+                assert!(best.clone().all(|(best, &p)| best[0].value >= p && best[0].value >= best[2].value));
+                said.push(h.ids.clone());
+            }
+        }
+        for threads in [1, 2, 3] {
+            assert_eq!(with_local_limit(threads, || fixture.search(&SOURCES, &options)).unwrap(), together);
+        }
+    }
+    said.sort();
+    said.dedup();
+    assert!(said.len() > 20, "draws and searches differ: {}", said.len());
+}
+
+#[test]
+fn sources_take_the_places_of_those_that_are_done() {
+    let fixture = Fixture::new(config(), 8);
+    let options = GenerateOptions { beam: 90, n_best: 2, ..GenerateOptions::default() }; // two places
+    let many: Vec<&[u32]> = (0..11).map(|i| SOURCES[i * 7 % 5]).collect();
+    for (src, found) in many.iter().zip(fixture.search(&many, &options).unwrap()) {
+        assert_eq!(fixture.search(&[src], &options).unwrap(), [found]);
+    }
+    let many: Vec<&[u32]> = (0..300).map(|i| SOURCES[i * 7 % 5]).collect();
+    let found = fixture.search(&many, &GenerateOptions::default()).unwrap();
+    assert!((5..300).all(|i| found[i] == found[i % 5]));
+}
+
+#[test]
+fn a_shared_seed_draws_differently_in_every_row_and_hypothesis_and_repeats() {
+    let fixture = Fixture::new(config(), 8);
+    let draw = |seeds| {
+        let sampling = Sampling { seeds, temperature: 2.0, top_k: None, top_p: None, min_p: None };
+        let options = GenerateOptions { n_best: 4, sampling: Some(sampling), ..GenerateOptions::default() };
+        let found = fixture.search(&[SOURCES[0]; 4], &options).unwrap();
+        found.into_iter().flatten().map(|h| h.ids).collect::<Vec<_>>()
+    };
+    let mut first = draw(Seeds::Shared(5));
+    assert_eq!(draw(Seeds::Shared(5)), first);
+    assert_ne!(draw(Seeds::Shared(6)), first);
+    // Row 0 of a seed is any row that has the seed for itself.
+    let alone = draw(Seeds::Each(vec![9, 5, 5, 8]));
+    assert!(alone[4..8] == first[..4] && alone[8..12] == first[..4]);
+    first.sort();
+    first.dedup();
+    assert!(first.len() > 14);
+}
+
+#[test]
+fn a_processor_has_its_way_but_for_what_is_forbidden() {
+    let fixture = Fixture::new(config(), 8);
+    let rows = Rows::from_lengths(&SOURCES.map(<[u32]>::len));
+    let run = |options: &GenerateOptions, processor: &mut Processor<'_>| {
+        let mut pool = Pool::default();
+        hypotheses(&fixture.model, &mut pool, &fixture.params, &SOURCES.concat(), &rows, options, Some(processor))
+    };
+    for options in everything() {
+        // What changes nothing changes no bit.
+        let expected = fixture.search(&SOURCES, &options).unwrap();
+        assert_eq!(run(&options, &mut |_, logits| Ok(logits.to_vec())).unwrap(), expected);
+    }
+    let mut seen = Vec::new();
+    let mut only_six = |ids: &[u32], logits: &[f32]| {
+        seen.push(ids.to_vec());
+        Ok((0..logits.len()).map(|id| if [0, 1, 4, 6].contains(&id) { 1e6 } else { f32::NEG_INFINITY }).collect())
+    };
+    for options in [beams(1, 1), beams(3, 2)] {
+        let options = GenerateOptions { suppress: vec![4], max_len: fixed(3), ..options };
+        for found in run(&options, &mut only_six).unwrap() {
+            assert!(found[0].ids == [6, 6, 6] && found[0].token_logprobs.iter().all(|&p| p < 0.0));
+        }
+    }
+    assert!(seen.contains(&vec![]) && seen.contains(&vec![6, 6]) && !seen.contains(&vec![6, 6, 6]));
+    for (bad, text) in [(vec![0.0; 7], "expected 8 logits, got 7"), (vec![f32::NAN; 8], "NaN for id 0")] {
+        let error = run(&beams(2, 1), &mut |_, _| Ok(bad.clone())).unwrap_err().to_string();
+        assert!(error.contains("logits_processor: token 0 of source 0") && error.contains(text), "{error}");
+    }
+    let stop = Error::Internal("stop".into());
+    assert_eq!(run(&beams(2, 1), &mut |_, _| Err(stop.clone())), Err(stop.clone()));
+    // Where everything is forbidden the hypothesis ends.
+    let dead = run(&beams(1, 1), &mut |_, logits| Ok(vec![f32::NEG_INFINITY; logits.len()])).unwrap();
+    assert!(dead.iter().all(|found| found.len() == 1 && found[0].ids.is_empty() && !found[0].finished));
+}
+
+#[test]
+fn what_the_memory_cannot_hold_is_refused_before_it_starts() {
+    let fixture = Fixture::new(config(), 1);
+    let options = GenerateOptions { max_len: fixed(usize::MAX), ..beams(1000, 1) };
+    let error = fixture.search(&SOURCES, &options).unwrap_err();
+    assert!(
+        matches!(&error, Error::OutOfMemory(text) if text.contains("1000 hypotheses") && text.contains("GiB")),
+        "{error}"
+    );
+}
+
+#[test]
+fn weights_that_change_between_steps_are_an_error() {
+    let mut fixture = Fixture::new(config(), 1);
+    let (options, mut pool) = (beams(2, 1), Pool::default());
+    let plans = options.plans(fixture.model.config(), &Rows::from_lengths(&[2]), 0..).unwrap();
+    let mut decoding = Decoding::new(&fixture.model, &options, false);
+    decoding.push(plans, &[3, 4]).unwrap();
+    assert!(decoding.step(&fixture.model, &mut pool, &fixture.params, None).unwrap().is_empty());
+    fixture.change("head.bias", |_, b| b + 1.0);
+    let error = decoding.step(&fixture.model, &mut pool, &fixture.params, None).unwrap_err();
+    assert!(matches!(&error, Error::Config(text) if text.contains("weights")), "{error}");
+    assert_eq!(decoding.sources(), 0);
+}
+
 #[test]
 fn log_probabilities_are_those_that_score_gives() {
     let mut fixture = Fixture::new(config(), 13);
     // What may never be said is likeliest here: the rest must keep its small share.
     fixture.change("head.bias", |id, b| if id == BOS as usize || id == PAD as usize { 6.0 } else { b });
-    let options = GenerateOptions { min_len: 3, ..beams(4, 4) };
+    let options = GenerateOptions { min_len: Length::Fixed(3), ..beams(4, 4) };
     let found = fixture.search(&SOURCES, &options).unwrap();
     for finished in [true, false] {
         let pairs: Vec<(&[u32], &Hypothesis)> = SOURCES
@@ -313,7 +472,8 @@ fn weights_that_are_not_finite_are_an_error_with_step_and_source() {
     fixture.params = before;
     let first = good[4][0].ids[0] as usize;
     fixture.change("tgt_embedding.weight", |i, w| if i / 16 == first { f32::INFINITY } else { w });
-    let error = fixture.search(&[SOURCES[4]], &GenerateOptions { min_len: 2, ..beams(8, 1) }).unwrap_err();
+    let error =
+        fixture.search(&[SOURCES[4]], &GenerateOptions { min_len: Length::Fixed(2), ..beams(8, 1) }).unwrap_err();
     assert!(matches!(&error, Error::NonFinite(text) if text.contains("token 1 of source 0")), "{error}");
 }
 
@@ -325,11 +485,12 @@ fn bad_input_is_refused_and_little_input_is_served() {
     assert!(matches!(fixture.search(&[&[3, 9]], &greedy), Err(Error::TokenOutOfRange(_))));
     assert!(matches!(fixture.search(&[], &beams(0, 0)), Err(Error::Config(_))));
     let rows = Rows::from_lengths(&[3]);
-    let error = hypotheses(&fixture.model, &mut Pool::default(), &fixture.params, &[3, 4], &rows, &greedy).unwrap_err();
+    let error =
+        hypotheses(&fixture.model, &mut Pool::default(), &fixture.params, &[3, 4], &rows, &greedy, None).unwrap_err();
     assert!(matches!(error, Error::Shape(_)), "{error}");
     // A vocabulary that has no letters: with EOS forbidden nothing can follow.
     let mute = Fixture::new(TransformerConfig { tgt_vocab: 3, ..config() }, 1);
-    let found = mute.search(&[&[3]], &GenerateOptions { min_len: 1, ..beams(2, 2) }).unwrap();
+    let found = mute.search(&[&[3]], &GenerateOptions { min_len: Length::Fixed(1), ..beams(2, 2) }).unwrap();
     assert_eq!(found, [[hypothesis(vec![], vec![], false, &greedy)].map(|h| Hypothesis { score: 0.0, ..h })]);
     let found = mute.search(&[&[3]], &beams(2, 2)).unwrap();
     assert!(found[0].len() == 1 && found[0][0].finished && found[0][0].ids.is_empty());
@@ -338,7 +499,7 @@ fn bad_input_is_refused_and_little_input_is_served() {
 #[test]
 fn a_decoding_can_be_interrupted() {
     let fixture = Fixture::new(config(), 1);
-    let endless = GenerateOptions { min_len: 1_000_000, max_len: Some(1_000_000), ..beams(4, 1) };
+    let endless = GenerateOptions { min_len: Length::Fixed(1_000_000), max_len: fixed(1_000_000), ..beams(4, 1) };
     let result = section(Some(&|| true), || fixture.search(&SOURCES, &endless));
     assert_eq!(result, Err(Error::Interrupted));
     assert!(fixture.search(&SOURCES, &beams(4, 1)).is_ok());
@@ -349,8 +510,8 @@ fn buffers_do_not_grow_with_the_steps() {
     let fixture = Fixture::new(config(), 1);
     let bytes = |steps: usize| {
         let mut pool = Pool::default();
-        let options = GenerateOptions { min_len: steps, max_len: Some(steps), ..beams(3, 3) };
-        hypotheses(&fixture.model, &mut pool, &fixture.params, &[3, 4, 5], &Rows::from_lengths(&[3]), &options)
+        let options = GenerateOptions { min_len: Length::Fixed(steps), max_len: fixed(steps), ..beams(3, 3) };
+        hypotheses(&fixture.model, &mut pool, &fixture.params, &[3, 4, 5], &Rows::from_lengths(&[3]), &options, None)
             .unwrap();
         pool.bytes()
     };

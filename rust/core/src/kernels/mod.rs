@@ -11,12 +11,13 @@ pub mod dropout;
 pub mod elementwise;
 pub mod embedding;
 pub mod gemm;
-mod lanes;
+pub(crate) mod lanes;
 pub mod norm;
 pub mod optimizer;
 pub mod pooling;
 pub mod reduce;
 pub mod softmax;
+pub mod top_k;
 
 use crate::threads::rows_per_task;
 

@@ -30,25 +30,42 @@ impl<T: Float> LogSumExp<T> {
         (x - self.max) - self.log
     }
 
+    /// Of no numbers.
+    pub(super) fn empty() -> Self {
+        LogSumExp { max: T::NEG_INFINITY, sum: T::ZERO, log: T::NEG_INFINITY }
+    }
+
+    /// Takes in the next block of the row; returns the block's largest number.
+    #[inline(always)]
+    pub(super) fn add<S: Simd<T>>(&mut self, s: S, block: &[T]) -> T {
+        let before = self.max;
+        let highest = largest(s, block);
+        self.max = if highest > before { highest } else { before };
+        // Nothing but −∞ so far: any finite shift keeps the sum 0.
+        let shift = if self.max == T::NEG_INFINITY { T::ZERO } else { self.max };
+        let at = s.splat(shift);
+        let [sum] = sums(
+            s,
+            [block],
+            #[inline(always)]
+            |[x]| [math::exp(s, s.sub(x, at))],
+        );
+        self.sum = if before == self.max { self.sum + sum } else { self.sum * (before - shift).exp() + sum };
+        highest
+    }
+
+    /// All blocks are in.
+    pub(super) fn finish(self) -> Self {
+        LogSumExp { log: self.sum.ln(), ..self }
+    }
+
     #[inline(always)]
     fn of<S: Simd<T>>(s: S, x: &[T]) -> Self {
-        let (mut max, mut sum) = (T::NEG_INFINITY, T::ZERO);
+        let mut lse = Self::empty();
         for block in x.chunks(BLOCK) {
-            let before = max;
-            let highest = largest(s, block);
-            max = if highest > before { highest } else { before };
-            // Nothing but −∞ so far: any finite shift keeps the sum 0.
-            let shift = if max == T::NEG_INFINITY { T::ZERO } else { max };
-            let at = s.splat(shift);
-            let [block_sum] = sums(
-                s,
-                [block],
-                #[inline(always)]
-                |[x]| [math::exp(s, s.sub(x, at))],
-            );
-            sum = if before == max { sum + block_sum } else { sum * (before - shift).exp() + block_sum };
+            lse.add(s, block);
         }
-        LogSumExp { max, sum, log: sum.ln() }
+        lse.finish()
     }
 
     /// softmax = e^(x − max) / sum, element by element.
@@ -172,6 +189,20 @@ pub fn log_probabilities<T: Float>(log_p: &mut [T], logits: &[T], targets: &[u32
     })
 }
 
+/// y = ln softmax(x), row by row, in the place of x, with the bits of [`LogSumExp::log_probability`].
+pub fn log_softmax<T: Float>(x_y: &mut [T], cols: usize) -> Result<()> {
+    kernel! {
+        fn rows<'a, T>(s: S; x: &'a mut [T], cols: usize) {
+            for x in x.chunks_mut(cols) {
+                let lse = LogSumExp::of(s, x);
+                let (max, log) = (s.splat(lse.max), s.splat(lse.log));
+                map(s, [x], [], #[inline(always)] |[x], []| [s.sub(s.sub(x, max), log)]);
+            }
+        }
+    }
+    for_each(x_y.chunks_mut(task_len(cols)), |x| rows(x, cols.max(1)))
+}
+
 /// [`softmax_forward`] in plain words.
 pub fn softmax_reference<T: Float>(y: &mut [T], x: &[T], cols: usize) {
     for (y, x) in y.chunks_mut(cols).zip(x.chunks(cols)) {
@@ -192,6 +223,13 @@ mod tests {
         softmax_forward(&mut y, &x, cols).unwrap();
         softmax_reference(&mut expected, &x, cols);
         assert_close(&y, &expected, tolerance);
+
+        let mut log_y = x.clone();
+        log_softmax(&mut log_y, cols).unwrap();
+        for (log_y, x) in log_y.chunks(cols).zip(x.chunks(cols)) {
+            let lse = log_sum_exp(x);
+            assert!(log_y.iter().zip(x).all(|(&y, &x)| y == lse.log_probability(x)));
+        }
 
         // The loss and its gradient against the same softmax.
         let targets: Vec<u32> = (0..rows).map(|r| if r % 4 == 3 { IGNORE } else { (r * 5 % cols) as u32 }).collect();

@@ -7,7 +7,7 @@ use crate::nn::{Embedding, LayerState, Linear, Positions, Stack};
 use crate::ops::{self, CrossEntropy, Masks};
 use crate::rows::Rows;
 use crate::simd::Float;
-use crate::tape::{Builder, Layout, Params, Tape, Var};
+use crate::tape::{Builder, Layout, Params, Tape, Tensor, Var};
 use std::sync::Arc;
 
 /// Source and target sequences side by side, without padding.
@@ -71,6 +71,12 @@ impl<T: Float> DecoderState<T> {
     pub fn reorder(&mut self, parents: &[usize]) -> Result<()> {
         self.positions = parents.iter().map(|&p| self.positions[p]).collect();
         self.layers.iter_mut().try_for_each(|layer| layer.reorder(parents))
+    }
+
+    /// Puts the sequences of another decoding by the same model behind these.
+    pub fn join(&mut self, other: Self) -> Result<()> {
+        self.positions.extend(other.positions);
+        self.layers.iter_mut().zip(other.layers).try_for_each(|(layer, other)| layer.join(other))
     }
 }
 
@@ -209,6 +215,19 @@ impl Transformer {
         let memory = self.encode(tape, params, &batch.src, &batch.src_rows)?;
         let hidden = self.decode(tape, params, &batch.tgt_in, &batch.tgt_rows, memory, &batch.src_rows)?;
         ops::token_logprobs(tape, params, hidden, self.head.weight(), self.head.bias(), &batch.tgt_out)
+    }
+
+    /// The log-probabilities of all tokens (R, V) in the places that [`Transformer::score`] looks at, with its bits.
+    pub fn log_probabilities<T: Float>(
+        &self,
+        tape: &mut Tape<T>,
+        params: &Params<T>,
+        batch: &Batch,
+    ) -> Result<Tensor<T>> {
+        let memory = self.encode(tape, params, &batch.src, &batch.src_rows)?;
+        let hidden = self.decode(tape, params, &batch.tgt_in, &batch.tgt_rows, memory, &batch.src_rows)?;
+        let logits = self.logits(tape, params, hidden)?;
+        ops::log_probabilities(tape, logits)
     }
 
     /// The state of a decoding before its first token: keys and values of the memory are projected once.

@@ -28,7 +28,7 @@ pub use pooling::{Pooling, pool};
 pub use positions::add_rows;
 pub use residual::{add, dropout, residual};
 pub use rms_norm::rms_norm;
-pub use softmax::softmax;
+pub use softmax::{log_probabilities, softmax};
 pub use token_losses::token_losses;
 
 use crate::ensure;

@@ -1,7 +1,7 @@
 //! Softmax over the last axis.
 
 use crate::error::Result;
-use crate::kernels::softmax::{softmax_backward, softmax_forward};
+use crate::kernels::softmax::{log_softmax, softmax_backward, softmax_forward};
 use crate::simd::Float;
 use crate::tape::{Backward, Operation, Tape, Tensor, Var};
 
@@ -16,6 +16,14 @@ pub fn softmax<T: Float>(tape: &mut Tape<T>, x: Var) -> Result<Var> {
         tape.record(y, &[y], Node { x, y });
     }
     Ok(y)
+}
+
+/// ln softmax of logits (R, V), taken off the tape: what [`super::token_logprobs`] gives for one token of a row, for all.
+pub fn log_probabilities<T: Float>(tape: &mut Tape<T>, logits: Var) -> Result<Tensor<T>> {
+    let mut rows = tape.take(logits)?;
+    let cols = rows.cols();
+    log_softmax(&mut rows, cols)?;
+    Ok(rows)
 }
 
 struct Node {

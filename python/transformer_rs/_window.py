@@ -1,0 +1,187 @@
+"""Decoding of any number of sources: a window moves over them, and answers come out in order."""
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from . import _core
+from ._arrays import IntArray
+from ._sequences import sources
+from .config import TransformerConfig
+from .errors import DTypeError
+from .threads import num_threads
+
+# Sources that a worker decodes side by side: a core is busy with them, and the last ones end at about the same time.
+_AT_ONCE = 64
+
+_Source = tuple[int, IntArray]
+_Done = list[tuple[int, IntArray]]
+
+
+class Window:
+    """Sources that are read but whose answers are not given yet."""
+
+    def __init__(
+        self,
+        op: str,
+        config: TransformerConfig,
+        inputs: Iterable[Any],
+        max_tokens: int,
+        decoders: list[_core.Decoder],
+        progress: Any,
+    ) -> None:
+        if not isinstance(inputs, Iterable) or isinstance(inputs, str | bytes):
+            message = f"expected an iterable of sequences of ids, got {type(inputs).__name__}"
+            raise DTypeError(f"{op}: argument `inputs`: {message}")
+        if not (isinstance(progress, bool) or callable(progress)):
+            raise DTypeError(f"{op}: argument `progress`: expected a bool or a function, got {type(progress).__name__}")
+        self.op, self.config, self.max_tokens, self.progress = op, config, max_tokens, progress
+        self.inputs, self.engine = enumerate(inputs), _Workers(decoders) if len(decoders) > 1 else _Alone(decoders[0])
+        self.lengths: dict[int, int] = {}
+        self.tokens, self.more = 0, True
+
+    def answers(self) -> Iterator[IntArray]:
+        """All of them, in order."""
+        show = _Bar(self.op) if self.progress is True else self.progress or (lambda _: None)
+        ready: dict[int, IntArray] = {}
+        given = 0
+        try:
+            while True:
+                if self.more and self.tokens <= self.max_tokens // 2:
+                    self.engine.take(self.read())
+                if not self.lengths:
+                    return
+                for number, ids in self.engine.work():
+                    ready[number] = ids
+                while given in ready:
+                    self.tokens -= self.lengths.pop(given)
+                    given += 1
+                    show(given)
+                    yield ready.pop(given - 1)
+        finally:
+            self.engine.stop()
+            getattr(show, "close", lambda: None)()
+
+    def read(self) -> list[_Source]:
+        """The next sources, as many as there is room for, the longest first."""
+        new: list[_Source] = []
+        while self.tokens < self.max_tokens:
+            number, one = next(self.inputs, (-1, None))
+            if number < 0:
+                self.more = False
+                break
+            ids = sources(self.op, self.config, [one], None, f"inputs[{number}]").ids
+            new.append((number, ids))
+            self.lengths[number] = len(ids)
+            self.tokens += len(ids)
+        return sorted(new, key=lambda source: -len(source[1]))
+
+
+class _Alone:
+    """One decoding, advanced by whoever asks for answers."""
+
+    def __init__(self, decoder: _core.Decoder) -> None:
+        self.decoder = decoder
+
+    def take(self, new: list[_Source]) -> None:
+        _push(self.decoder, new)
+
+    def work(self) -> _Done:
+        return _ids(self.decoder.step(True)[1])
+
+    def stop(self) -> None:
+        pass
+
+
+class _Workers:
+    """A thread for each decoding."""
+
+    def __init__(self, decoders: list[_core.Decoder]) -> None:
+        self.waiting: queue.SimpleQueue[_Source | None] = queue.SimpleQueue()
+        self.done: queue.SimpleQueue[_Done | BaseException] = queue.SimpleQueue()
+        self.decoders, self.stopped = decoders, False
+        self.threads = [threading.Thread(target=self.run, args=(decoder,), daemon=True) for decoder in decoders]
+
+    def take(self, new: list[_Source]) -> None:
+        for source in new:
+            self.waiting.put(source)
+        for thread in self.threads:
+            if thread.ident is None:
+                thread.start()
+
+    def work(self) -> _Done:
+        while True:
+            try:
+                # A limit lets Ctrl-C through.
+                done = self.done.get(timeout=0.05)
+            except queue.Empty:
+                continue
+            if isinstance(done, BaseException):
+                raise done
+            return done
+
+    def stop(self) -> None:
+        self.stopped = True
+        for decoder in self.decoders:
+            decoder.stop()
+            self.waiting.put(None)
+        for thread in self.threads:
+            if thread.ident is not None:
+                thread.join()
+
+    def run(self, decoder: _core.Decoder) -> None:
+        try:
+            with num_threads(1):
+                while not self.stopped:
+                    here = decoder.sources()
+                    # Not one by one: what is encoded together is encoded faster.
+                    if here <= _AT_ONCE * 3 // 4:
+                        _push(decoder, self.next(_AT_ONCE - here, wait=here == 0))
+                    done = decoder.step(False)[1]
+                    if done:
+                        self.done.put(_ids(done))
+        except BaseException as error:  # the interrupt by `stop` too, which nobody waits for
+            self.done.put(error)
+
+    def next(self, n: int, wait: bool) -> list[_Source]:
+        new: list[_Source] = []
+        try:
+            while len(new) < n:
+                source = self.waiting.get(block=wait and not new)
+                if source is None:
+                    break
+                new.append(source)
+        except queue.Empty:
+            pass
+        return new
+
+
+def _push(decoder: _core.Decoder, new: list[_Source]) -> None:
+    if new:
+        lengths = np.array([len(ids) for _, ids in new])
+        decoder.push(np.concatenate([ids for _, ids in new]), lengths, [number for number, _ in new])
+
+
+def _ids(done: list[tuple[int, list[Any]]]) -> _Done:
+    return [(number, best[0][0]) for number, best in done]
+
+
+class _Bar:
+    """A bar on stderr that is told how many answers there are."""
+
+    def __init__(self, op: str) -> None:
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            message = "progress=True needs tqdm: pip install 'transformer_rs[progress]'"
+            raise ImportError(f"{op}: {message}") from None
+        self.bar = tqdm(unit=" answers", dynamic_ncols=True)
+
+    def __call__(self, given: int) -> None:
+        self.bar.update(given - self.bar.n)
+
+    def close(self) -> None:
+        self.bar.close()

@@ -1,0 +1,665 @@
+"""Every option of decoding against plain NumPy, and the same bits in any company.
+
+What is here is written from the formulas, over whole targets and without caches; the model gives nothing but logits.
+"""
+
+import itertools
+import pickle
+import threading
+
+import numpy as np
+import pytest
+
+import transformer_rs as tr
+
+PAD, BOS, EOS = 0, 1, 2
+SOURCES = [[3, 4, 5], [6], [8, 7, 3, 4, 4], [5, 5]]
+PREFIXES = [[3], [], [6, 6], [7, 5, 5]]
+WORDS = 12
+
+
+def model_of(seed=0, **values):
+    small = {"d_model": 16, "n_heads": 2, "n_encoder_layers": 2, "n_decoder_layers": 2, "d_ff": 24, "dropout": 0.0}
+    model = tr.Transformer(tr.TransformerConfig(**{"src_vocab": 9, "tgt_vocab": WORDS, **small, **values}), seed=seed)
+    # Fresh models say little: let the logits differ, and EOS be said.
+    state = model.state_dict()
+    rng = np.random.default_rng(seed)
+    for name, array in state.items():
+        if name.endswith(".weight") and "norm" not in name:
+            state[name] = array * 2.5
+    if "head.bias" in state:
+        state["head.bias"] = rng.standard_normal(state["head.bias"].shape).astype(np.float32)
+    model.load_state_dict(state)
+    return model
+
+
+# ---- the reference
+
+
+def philox(key, counter):
+    """Philox4x32-10 (Salmon et al. 2011)."""
+    c, (k0, k1) = list(counter), key
+    for _ in range(10):
+        p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [(p1 >> 32) ^ c[1] ^ k0, p1 & 0xFFFFFFFF, (p0 >> 32) ^ c[3] ^ k1, p0 & 0xFFFFFFFF]
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c
+
+
+def halves(n):
+    return n & 0xFFFFFFFF, n >> 32
+
+
+def uniform(seed, row, draw, place):
+    key = halves(seed)
+    for data in (row, draw):
+        key = tuple(philox(key, (*halves(data), 0, 1))[:2])
+    low, high = philox(key, (*halves(place), 0, 0))[:2]
+    return ((low | high << 32) >> 11) / 2**53
+
+
+def log_softmax(x):
+    x = x.astype(np.float64)
+    x = x - x.max()
+    return x - np.log(np.exp(x).sum())
+
+
+class Plain:
+    """Decoding of one source, in plain words."""
+
+    def __init__(self, model, source, row=0, **options):
+        self.model, self.source, self.row, self.o = model, source, row, options
+        self.prefix = options.get("prefixes", [[]] * (row + 1))[row]
+        self.max_len = self.length(options.get("max_len") or (2, 10))
+        self.min_len = self.length(options.get("min_len", 0))
+
+    def length(self, value):
+        if isinstance(value, int):
+            return value
+        return max(int(np.floor(value[0] * len(self.source))) + value[1], 0)
+
+    def next(self, ids):
+        """The model's log-probabilities, and the logits to go by."""
+        raw = self.model([self.source], [[BOS, *ids]])[0][-1]
+        place, x = len(ids), raw.copy()
+        forced = self.prefix[place] if place < len(self.prefix) else self.o.get("forced", {}).get(place)
+        if forced is not None:
+            x[np.arange(len(x)) != forced] = -np.inf
+            return log_softmax(raw), x
+        if "logits_processor" in self.o:
+            x = np.array(self.o["logits_processor"](np.array(ids), x), np.float32)
+        penalty = np.float32(self.o.get("repetition_penalty", 1.0))
+        for token in set(ids):
+            x[token] = x[token] / penalty if x[token] > 0 else x[token] * penalty
+        never = [PAD, BOS, *self.o.get("suppress", [])] + ([EOS] if place < self.min_len else [])
+        n = self.o.get("no_repeat_ngram")
+        if n is not None:
+            runs = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+            never += [token for token in range(len(x)) if (*ids[len(ids) - n + 1 :], token)[-n:] in runs]
+        x[never] = -np.inf
+        return log_softmax(raw), x
+
+    def draw(self, x, u):
+        if np.isneginf(x).all():
+            return None
+        w = np.exp((x.astype(np.float64) - x.max()) / (self.o.get("temperature") or 1.0))
+        order = sorted((i for i in range(len(x)) if w[i] > 0), key=lambda i: (-w[i], i))
+        order = order[: self.o.get("top_k") or len(order)]
+        if self.o.get("top_p"):
+            share = np.cumsum(w[order]) / w[order].sum()
+            order = order[: int(np.argmax(share >= self.o["top_p"])) + 1]
+        order = sorted(i for i in order if w[i] >= (self.o.get("min_p") or 0.0))
+        return order[int(np.argmax(np.cumsum(w[order]) > u * w[order].sum()))]
+
+    def sample(self, seed, row, number=0):
+        ids, logp = [], []
+        while len(ids) < self.max_len:
+            logprobs, x = self.next(ids)
+            token = self.draw(x, uniform(seed, row, number, len(ids)))
+            if token is None:
+                break
+            logp.append(logprobs[token])
+            if token == EOS:
+                return ids, logp, True
+            ids.append(token)
+        return ids, logp, False
+
+    def score(self, values):
+        return sum(values) / max(len(values), 1) ** self.o.get("length_penalty", 1.0)
+
+    def search(self):
+        """[(ids, log-probabilities, finished)], best first; what it goes by is Σ of the changed log-probabilities."""
+        beam = self.o.get("beam", 1)
+        live, ended = [([], [], [])], []
+        while live:
+            every = []
+            for ids, logp, values in live:
+                logprobs, x = self.next(ids)
+                lse = (x - logprobs)[~np.isinf(x)]
+                raw = self.model([self.source], [[BOS, *ids]])[0][-1].astype(np.float64)
+                shift = (raw - logprobs)[0]
+                assert len(lse) == 0 or np.isfinite(shift)
+                for token in np.flatnonzero(~np.isneginf(x)):
+                    every.append(([*ids, int(token)], [*logp, logprobs[token]], [*values, x[token] - shift]))
+            if not every:
+                ended += [(*path, False) for path in live]
+                break
+            every.sort(key=lambda path: -sum(path[2]))
+            ended += [(ids[:-1], *rest, True) for ids, *rest in every[:beam] if ids[-1] == EOS]
+            live = [path for path in every if path[0][-1] != EOS][:beam]
+            if len(ended) >= self.o.get("patience", 1.0) * beam:
+                break
+            if live and len(live[0][0]) == self.max_len:
+                ended += [(*path, False) for path in live]
+                break
+        ended.sort(key=lambda path: -self.score(path[2]))
+        return [(ids, logp, finished) for ids, logp, _, finished in ended]
+
+
+# ---- the options
+
+
+def favour(ids, logits):
+    """A processor that depends on what was said, and forbids something."""
+    changed = logits + np.float32(0.5) * (np.arange(len(logits)) % 3 == len(ids) % 3)
+    changed[4] = -np.inf
+    return changed
+
+
+OPTIONS = {
+    "plain": {},
+    "max_len": {"max_len": 3},
+    "relative lengths": {"max_len": (1.5, 2), "min_len": (0.5, 1)},
+    "min_len": {"min_len": 6},
+    "length_penalty": {"length_penalty": 0.3, "max_len": 8},
+    "patience": {"patience": 2.0, "max_len": 8},
+    "little patience": {"patience": 0.1},
+    "suppress": {"suppress": [3, 5, 9], "max_len": 8},
+    "suppress eos": {"suppress": [EOS], "max_len": 5},
+    "forced": {"forced": {0: 7, 2: 4, 5: EOS}, "max_len": 8},
+    "prefixes": {"prefixes": PREFIXES, "max_len": 8},
+    "repetition_penalty": {"repetition_penalty": 1.7, "max_len": 8},
+    "reward of repetition": {"repetition_penalty": 0.6, "max_len": 8},
+    "no_repeat_ngram 1": {"no_repeat_ngram": 1, "max_len": 30},
+    "no_repeat_ngram 2": {"no_repeat_ngram": 2, "suppress": [EOS], "max_len": 12},
+    "no_repeat_ngram 3": {"no_repeat_ngram": 3, "suppress": [EOS], "max_len": 12},
+    "processor": {"logits_processor": favour, "max_len": 8},
+    "everything": {
+        "max_len": (2, 3), "min_len": 2, "suppress": [9], "forced": {3: 5}, "prefixes": PREFIXES,
+        "repetition_penalty": 1.2, "no_repeat_ngram": 2, "logits_processor": favour, "length_penalty": 0.7,
+    },
+}  # fmt: skip
+SAMPLING = {
+    "temperature": {"temperature": 0.7},
+    "hot": {"temperature": 3.0},
+    "top_k": {"top_k": 3},
+    "top_p": {"top_p": 0.8},
+    "min_p": {"min_p": 0.2},
+    "all of them": {"temperature": 1.5, "top_k": 6, "top_p": 0.9, "min_p": 0.05},
+    "with constraints": {"temperature": 1.2, "top_p": 0.95, **OPTIONS["everything"]},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("beam", [1, 3])
+def test_a_search_is_the_plain_one(name, beam):
+    options = {**OPTIONS[name], "beam": beam}
+    for seed in range(3):
+        model = model_of(seed)
+        found = model.hypotheses(SOURCES, n_best=beam, **options)
+        for row, (source, best) in enumerate(zip(SOURCES, found, strict=True)):
+            expected = Plain(model, source, row, **options).search()[:beam]
+            assert [h.ids.tolist() for h in best] == [ids for ids, *_ in expected]
+            for h, (_, logp, finished) in zip(best, expected, strict=True):
+                np.testing.assert_allclose(h.token_logprobs, logp, atol=2e-5)
+                power = options.get("length_penalty", 1.0)
+                assert h.finished == finished and h.score == pytest.approx(sum(logp) / len(logp) ** power, abs=1e-4)
+                assert np.array_equal(model.score([source], [h.ids], eos=h.finished)[0], h.token_logprobs)
+        said = model.generate(SOURCES, **options)
+        assert [ids.tolist() for ids in said] == [best[0].ids.tolist() for best in found]
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_a_draw_is_the_plain_one(name):
+    options = SAMPLING[name]
+    model, seen = model_of(1), set()
+    for seed in (0, 5, 2**40 + 3):
+        found = model.hypotheses(SOURCES, n_best=2, seed=seed, **options)
+        each = model.hypotheses(SOURCES, seed=[seed, 1, 2, seed + 1], **options)
+        for row, (source, best) in enumerate(zip(SOURCES, found, strict=True)):
+            plain = Plain(model, source, row, **options)
+            expected = [plain.sample(seed, row, number) for number in range(2)]
+            expected.sort(key=lambda one: -plain.score(one[1]))
+            assert [h.ids.tolist() for h in best] == [ids for ids, *_ in expected]
+            for h, (_, logp, finished) in zip(best, expected, strict=True):
+                np.testing.assert_allclose(h.token_logprobs, logp, atol=2e-5)
+                assert h.finished == finished
+                assert np.array_equal(model.score([source], [h.ids], eos=h.finished)[0], h.token_logprobs)
+                seen.add(tuple(h.ids))
+            own = [seed, 1, 2, seed + 1][row]
+            assert each[row][0].ids.tolist() == plain.sample(own, 0)[0]
+    assert len(seen) > 4
+
+
+def test_frequencies_of_draws_are_the_models_probabilities():
+    model = model_of(2)
+    first = model.hypotheses([SOURCES[0]] * 2000, n_best=2, temperature=1.0, seed=3, max_len=1, suppress=[EOS])
+    counts = np.bincount([h.ids[0] for best in first for h in best], minlength=WORDS) / 4000
+    expected = np.exp(log_softmax(model([SOURCES[0]], [[BOS]])[0][0]))
+    expected[[PAD, BOS, EOS]] = 0
+    np.testing.assert_allclose(counts, expected / expected.sum(), atol=0.03)
+
+
+@pytest.mark.parametrize("beam", [1, 2])
+def test_alternatives_are_the_models_likeliest(beam):
+    model = model_of(3)
+    for source, best in zip(
+        SOURCES,
+        model.hypotheses(SOURCES, beam=beam, n_best=beam, alternatives=4, **OPTIONS["everything"]),
+        strict=True,
+    ):
+        for h in best:
+            _, rows = model.score([source], [h.ids], eos=h.finished, return_rows=True)
+            order = np.argsort(-rows[0], axis=1, kind="stable")[:, :4]  # ties go to the lowest id
+            assert np.array_equal(h.alternatives.ids, order) and h.alternatives.ids.dtype == np.int64
+            assert np.array_equal(h.alternatives.logprobs, np.take_along_axis(rows[0], order, 1))
+            copy = pickle.loads(pickle.dumps(h))
+            assert np.array_equal(copy.alternatives.ids, order)
+    assert model.hypotheses(SOURCES[:1])[0][0].alternatives is None
+    whole = model.hypotheses(SOURCES[:1], alternatives=WORDS, max_len=2)[0][0].alternatives
+    assert [sorted(ids) for ids in whole.ids.tolist()] == [list(range(WORDS))] * len(whole.ids)
+
+
+def test_rows_of_scores_are_log_probabilities():
+    model = model_of(4)
+    targets = [[3, 4], [], [5, 6, 7], [8]]
+    scores, rows = model.score(SOURCES, targets, eos=[True, True, False, False], return_rows=True)
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(scores, model.score(SOURCES, targets, eos=[True, True, False, False]), strict=True)
+    )
+    for source, target, end, s, r in zip(SOURCES, targets, [True, True, False, False], scores, rows, strict=True):
+        said = target + [EOS] * end
+        assert r.shape == (len(said), WORDS) and r.dtype == np.float32
+        assert np.array_equal(r[np.arange(len(said)), said], s)
+        logits = model([source], [[BOS, *target]])[0][: len(said)]
+        np.testing.assert_allclose(r, [log_softmax(x) for x in logits], atol=1e-5)
+
+
+def test_encoder_states_are_what_the_decoder_reads():
+    model = model_of(4)
+    states = model.encode(SOURCES)
+    assert [s.shape for s in states] == [(len(source), 16) for source in SOURCES]
+    padded = np.zeros((4, 7), int)
+    for row, source in zip(padded, SOURCES, strict=True):
+        row[: len(source)] = source
+    array = model.encode(padded)
+    assert array.shape == (4, 7, 16) and array.dtype == np.float32
+    for row, s, source in zip(array, states, SOURCES, strict=True):
+        assert np.array_equal(row[: len(s)], s) and not row[len(s) :].any()
+        assert np.array_equal(model.encode([source])[0], s)
+    assert np.array_equal(model.encode(np.where(padded == 0, 8, padded), lengths=[3, 1, 5, 2]), array)
+    # An encoder whose layers add nothing gives its embeddings, at √d, with sinusoids.
+    bare = model_of(0, final_norm=False)
+    silent = ("out.weight", "out.bias", "down.weight", "down.bias")
+    state = bare.state_dict()
+    bare.load_state_dict({n: a * 0 if n.startswith("encoder") and n.endswith(silent) else a for n, a in state.items()})
+    angle = np.arange(3)[:, None] / 10_000 ** (np.arange(0, 16, 2) / 16)
+    positions = np.stack([np.sin(angle), np.cos(angle)], -1).reshape(3, 16)
+    expected = bare.state_dict()["src_embedding.weight"][SOURCES[0]] * 4 + positions
+    np.testing.assert_allclose(bare.encode(SOURCES[:1])[0], expected, atol=1e-5)
+
+
+# ---- the same bits
+
+
+def only(options, row):
+    """The options of one source alone."""
+    return {name: [value[row]] if name in ("prefixes", "seed") else value for name, value in options.items()}
+
+
+def bits(hypotheses):
+    parts = [(h.ids.tobytes(), h.token_logprobs.tobytes(), h.score, h.finished) for h in hypotheses]
+    return parts, [h.alternatives.logprobs.tobytes() for h in hypotheses if h.alternatives is not None]
+
+
+EVERY = {
+    **{f"{name}, beam {beam}": {**options, "beam": beam} for name, options in OPTIONS.items() for beam in (1, 4)},
+    **{name: {**options, "seed": [7, 8, 9, 10]} for name, options in SAMPLING.items()},
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_same_bits_in_any_company(name):
+    options, model = EVERY[name], model_of(5)
+    asked = {"n_best": options.get("beam", 3), "alternatives": 2}
+    together = [bits(best) for best in model.hypotheses(SOURCES, **asked, **options)]
+    for row, source in enumerate(SOURCES):
+        assert bits(model.hypotheses([source], **asked, **only(options, row))[0]) == together[row]
+    order = [2, 0, 3, 1, 2]
+    turned = {n: [v[i] for i in order] if n in ("prefixes", "seed") else v for n, v in options.items()}
+    assert [bits(b) for b in model.hypotheses([SOURCES[i] for i in order], **asked, **turned)] == [
+        together[i] for i in order
+    ]
+    padded = np.zeros((4, 9), np.int32)
+    for row, source in zip(padded, SOURCES, strict=True):
+        row[: len(source)] = source
+    assert [bits(best) for best in model.hypotheses(padded, **asked, **options)] == together
+    for n in (1, 2, 3):
+        with tr.num_threads(n):
+            assert [bits(best) for best in model.hypotheses(SOURCES, **asked, **options)] == together
+    said = [ids.tobytes() for ids in model.generate(SOURCES, **options)]
+    if "seed" not in options:
+        assert said == [best[0][0][0] for best in together]
+    if options.get("beam", 1) == 1 and "patience" not in options:
+        for row, source in enumerate(SOURCES):
+            streamed = list(model.stream(source, **only(options, row)))
+            assert all(type(token) is int for token in streamed)
+            assert np.array(streamed, np.int64).tobytes() == said[row]
+
+
+def test_more_sources_than_places():
+    """Those that are done make room for others, which say what they say alone."""
+    model = model_of(6)
+    many = [SOURCES[i * 3 % 4] for i in range(600)]
+    for options in ({}, {"beam": 50, "n_best": 2}, {"temperature": 1.0, "seed": [i * 3 % 4 for i in range(600)]}):
+        found = model.hypotheses(many, **options)
+        first = {tuple(source): bits(best) for source, best in zip(many, found, strict=True)}
+        assert all(bits(best) == first[tuple(source)] for source, best in zip(many, found, strict=True))
+        alone = {n: v[:1] if n == "seed" else v for n, v in options.items()}
+        assert bits(model.hypotheses(many[:1], **alone)[0]) == first[tuple(many[0])]
+
+
+# ---- processors
+
+
+def test_a_processor_gets_copies_and_the_models_own_logits():
+    model, seen = model_of(1), []
+
+    def spoil(ids, logits):
+        seen.append((ids.tolist(), logits.copy()))
+        assert ids.dtype == np.int64 and logits.dtype == np.float32 and logits.flags.writeable
+        answer = logits.astype(np.float64)
+        logits[:] = ids[:] = 0
+        return answer
+
+    expected = model.generate(SOURCES[:1], max_len=5, suppress=[4])
+    assert np.array_equal(model.generate(SOURCES[:1], max_len=5, suppress=[4], logits_processor=spoil)[0], expected[0])
+    for ids, logits in seen:
+        assert np.array_equal(model(SOURCES[:1], [[BOS, *ids]])[0][-1], logits)
+    assert [ids for ids, _ in seen] == [expected[0][:n].tolist() for n in range(len(seen))]
+
+
+def test_a_processor_cannot_allow_what_is_forbidden():
+    model = model_of(1)
+    wild = lambda ids, logits: [1e9, 1e9, 1e9, 1e9] + [0.0] * (WORDS - 4)  # noqa: E731
+    for beam in (1, 3):
+        said = model.generate(SOURCES, max_len=6, min_len=6, suppress=[3], beam=beam, logits_processor=wild)
+        assert all(len(ids) == 6 and ids.min() > 3 for ids in said)
+
+
+class Mine(Exception):
+    pass
+
+
+def test_what_a_processor_raises_comes_out():
+    model, error = model_of(1), Mine("mine")
+
+    def late(ids, logits):
+        if len(ids) == 2:
+            raise error
+        return logits
+
+    for call in (
+        lambda: model.generate(SOURCES, min_len=4, logits_processor=late),
+        lambda: model.hypotheses(SOURCES, beam=3, min_len=4, logits_processor=late),
+        lambda: list(model.stream(SOURCES[0], min_len=4, logits_processor=late)),
+    ):
+        with pytest.raises(Mine) as raised:
+            call()
+        assert raised.value is error and raised.traceback[-1].name == "late"
+    assert len(model.generate(SOURCES, max_len=3)) == 4
+
+
+def test_a_processor_may_use_the_model_and_other_threads():
+    model = model_of(1)
+
+    def ask(ids, logits):
+        assert len(model.generate(SOURCES, max_len=3)) == 4
+        return model.score([[3]], [[4]], return_rows=True)[1][0][0]
+
+    said = model.generate(SOURCES, max_len=3, logits_processor=ask)
+    best = int(np.argmax(ask(np.zeros(0), None)[3:])) + 3
+    assert [ids.tolist() for ids in said] == [[best] * 3] * 4 or all(ids.max(initial=0) == best for ids in said)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "text"),
+    [
+        (lambda ids, x: x[1:], tr.ShapeError, "expected logits of shape"),
+        (lambda ids, x: x[None], tr.ShapeError, "expected logits of shape"),
+        (lambda ids, x: None, tr.DTypeError, "logits_processor"),
+        (lambda ids, x: x > 0, tr.DTypeError, "expected floats"),
+        (lambda ids, x: x * np.float32(np.nan), tr.NonFiniteError, "token 0 of source 0.*NaN for id 0"),
+        (lambda ids, x: np.where(np.arange(WORDS) == 5, np.inf, x), tr.NonFiniteError, "inf for id 5"),
+    ],
+)
+def test_processors_that_misbehave(answer, error, text):
+    model = model_of()
+    for options in ({}, {"beam": 3}, {"temperature": 1.0}):
+        with pytest.raises(error, match=text):
+            model.generate(SOURCES, logits_processor=answer, **options)
+    assert len(model.generate(SOURCES)) == 4
+
+
+def test_a_processor_that_forbids_everything_ends_the_answer():
+    model = model_of()
+    nothing = lambda ids, x: x if len(ids) < 2 else np.full(WORDS, -np.inf)  # noqa: E731
+    for options in ({}, {"beam": 3}, {"temperature": 1.0, "seed": 0}):
+        for best in model.hypotheses(SOURCES, min_len=3, logits_processor=nothing, **options):
+            assert len(best[0].ids) == 2 and not best[0].finished
+
+
+# ---- streams
+
+
+def test_a_stream_works_as_it_is_consumed_and_stops_when_dropped():
+    model, asked = model_of(7), []
+    count = lambda ids, x: asked.append(len(ids)) or x  # noqa: E731
+    stream = model.stream(SOURCES[0], min_len=10, logits_processor=count)
+    assert asked == []
+    expected = model.generate(SOURCES[:1], min_len=10)[0].tolist()
+    assert list(itertools.islice(stream, 3)) == expected[:3] and asked == [0, 1, 2]
+    other = model.stream(SOURCES[0], min_len=10)
+    assert [next(other), next(stream), *other] == [expected[0], expected[3], *expected[1:]]
+    del stream
+    assert asked == [0, 1, 2, 3]
+    stream = model.stream(SOURCES[0], max_len=2)
+    assert list(stream) == model.generate(SOURCES[:1], max_len=2)[0].tolist()
+    assert next(stream, None) is None and next(stream, None) is None
+
+
+def test_a_stream_ends_with_the_weights_that_began_it():
+    model = model_of(7)
+    stream = model.stream(SOURCES[0], min_len=10)
+    next(stream)
+    tr.Trainer(model, seed=0).step([[3]], [[4]])
+    with pytest.raises(tr.ConfigError, match="weights have changed"):
+        next(stream)
+    assert next(stream, None) is None
+    assert len(list(model.stream(SOURCES[0], max_len=3, min_len=3))) == 3
+
+
+def test_a_stream_asked_for_twice_at_once_is_refused():
+    model = model_of(7)
+    stream = model.stream(SOURCES[0], min_len=5, logits_processor=lambda ids, x: next(stream))
+    with pytest.raises(ValueError, match="already executing"):
+        next(stream)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"beam": 2}, tr.ConfigError, "`beam`"),
+        ({"patience": 2.0}, tr.ConfigError, "`patience`"),
+        ({"n_best": 2}, tr.DTypeError, "n_best"),
+        ({"prefixes": [[3], [4]]}, tr.ShapeError, "prefixes"),
+        ({"max_len": 0}, tr.ConfigError, "max_len"),
+        ({"temperature": -1.0}, tr.ConfigError, "temperature"),
+    ],
+)
+def test_streams_are_checked_before_they_begin(options, error, text):
+    with pytest.raises(error, match=text):
+        model_of().stream(SOURCES[0], **options)
+    with pytest.raises(tr.ShapeError):
+        model_of().stream([SOURCES[0]])
+
+
+# ---- any number of sources
+
+
+def endless():
+    for i in itertools.count():
+        yield SOURCES[i * 3 % 4] + [3 + i % 5] * (i * 7 % 4)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize(
+    "options", [{}, {"beam": 3}, {"temperature": 1.0, "seed": 4}, {"no_repeat_ngram": 2, "min_len": 3}]
+)
+def test_answers_of_a_generator_are_those_of_the_list(options, workers):
+    model = model_of(8)
+    inputs = list(itertools.islice(endless(), 300))
+    expected = [ids.tobytes() for ids in model.generate(inputs, max_len=6, **options)]
+    for max_tokens in (1, 40, 10**6):
+        answers = model.generate_iter(iter(inputs), max_tokens=max_tokens, workers=workers, max_len=6, **options)
+        assert [ids.tobytes() for ids in answers] == expected
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_window_is_read_ahead_and_no_more(workers):
+    model, read, counts = model_of(8), [], []
+
+    def inputs():
+        for i, ids in enumerate(endless()):
+            read.append(len(ids))
+            assert i < 500, "endless"
+            yield ids
+
+    before = threading.active_count()
+    answers = model.generate_iter(inputs(), max_tokens=100, max_len=4, workers=workers, progress=counts.append)
+    assert read == []
+    for given, _ in enumerate(itertools.islice(answers, 40)):
+        assert sum(read[given:]) < 100 + 10
+    assert counts == list(range(1, 41))
+    answers.close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_wrong_with_an_input_is_said_with_its_number(workers):
+    model = model_of(8)
+    for bad, error, text in (
+        ([3, 99], tr.TokenOutOfRangeError, r"inputs\[5\].*99"),
+        ([], tr.ShapeError, r"inputs\[5\]"),
+        ("ab", tr.DTypeError, r"inputs\[5\]"),
+    ):
+        with pytest.raises(error, match=text):
+            list(model.generate_iter([[3, 4]] * 5 + [bad], workers=workers))
+    with pytest.raises(Mine):
+        list(model.generate_iter((raise_mine() for _ in range(3)), workers=workers))
+    assert list(model.generate_iter([], workers=workers)) == []
+    state = model.state_dict()
+    model.load_state_dict({**state, "head.bias": np.full(WORDS, np.nan, np.float32)})
+    with pytest.raises(tr.NonFiniteError):
+        list(model.generate_iter(SOURCES, workers=workers))
+
+
+def raise_mine():
+    raise Mine
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"workers": 0}, tr.ConfigError, "workers"),
+        ({"max_tokens": 0}, tr.ConfigError, "max_tokens"),
+        ({"progress": 3}, tr.DTypeError, "progress"),
+        ({"prefixes": PREFIXES}, tr.ConfigError, "prefixes"),
+        ({"temperature": 1.0, "seed": [1, 2, 3, 4]}, tr.ConfigError, "seed"),
+        ({"workers": 2, "logits_processor": favour}, tr.ConfigError, "logits_processor"),
+        ({"beam": 0}, tr.ConfigError, "beam"),
+        ({"top_p": 2.0}, tr.ConfigError, "top_p"),
+    ],
+)
+def test_settings_of_generators_are_checked_before_anything_is_read(options, error, text):
+    with pytest.raises(error, match=text):
+        model_of().generate_iter((raise_mine() for _ in range(3)), **options)
+    with pytest.raises(tr.DTypeError, match="inputs"):
+        model_of().generate_iter("ab")
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"beam": 0}, tr.ConfigError, "beam"),
+        ({"beams": 2}, tr.DTypeError, "did you mean `beam`"),
+        ({"stream": True}, tr.DTypeError, "unexpected argument `stream`"),
+        ({"patience": 0}, tr.ConfigError, "patience"),
+        ({"patience": float("inf")}, tr.ConfigError, "patience"),
+        ({"max_len": (1.0, -1)}, tr.ConfigError, "max_len = 0 for source 1"),
+        ({"max_len": (1.0, 2, 3)}, tr.ShapeError, "factor"),
+        ({"max_len": (-1.0, 2)}, tr.ConfigError, "max_len"),
+        ({"max_len": 3.0}, tr.DTypeError, "max_len"),
+        ({"max_len": 3, "min_len": (0.0, 4)}, tr.ConfigError, "min_len = 4 is above max_len = 3 of source 0"),
+        ({"min_len": 13}, tr.ConfigError, "min_len = 13 is above max_len = 12 of source 1"),
+        ({"temperature": 0}, tr.ConfigError, "temperature = 0"),
+        ({"temperature": "x"}, tr.DTypeError, "temperature"),
+        ({"temperature": float("nan")}, tr.ConfigError, "temperature"),
+        ({"temperature": 1.0, "beam": 2}, tr.ConfigError, "beam = 2"),
+        ({"top_k": 0}, tr.ConfigError, "top_k"),
+        ({"top_p": 2}, tr.ConfigError, "top_p = 2"),
+        ({"top_p": 0}, tr.ConfigError, "top_p = 0"),
+        ({"min_p": -0.1}, tr.ConfigError, "min_p"),
+        ({"seed": 3}, tr.ConfigError, "temperature=1.0"),
+        ({"temperature": 1.0, "seed": -1}, tr.ConfigError, "seed"),
+        ({"temperature": 1.0, "seed": 1.5}, tr.DTypeError, "seed"),
+        ({"temperature": 1.0, "seed": [1, 2, 3]}, tr.ShapeError, "seed.*2 sources.*3"),
+        ({"repetition_penalty": 0}, tr.ConfigError, "repetition_penalty"),
+        ({"no_repeat_ngram": 0}, tr.ConfigError, "no_repeat_ngram"),
+        ({"suppress": [WORDS]}, tr.TokenOutOfRangeError, "suppress"),
+        ({"suppress": 3}, tr.ShapeError, "suppress"),
+        ({"forced": {0: WORDS}}, tr.TokenOutOfRangeError, "forced"),
+        ({"forced": {-1: 3}}, tr.ConfigError, "forced"),
+        ({"forced": {0: PAD}}, tr.ConfigError, "pad_id"),
+        ({"forced": [3]}, tr.DTypeError, "forced"),
+        ({"prefixes": [[3]]}, tr.ShapeError, "prefixes"),
+        ({"prefixes": [[3], [WORDS]]}, tr.TokenOutOfRangeError, "prefixes.*id 12 at row 1"),
+        ({"prefixes": [[3], [EOS]]}, tr.ShapeError, "prefixes.*eos_id"),
+        ({"prefixes": [[3, 4, 5], [3]], "max_len": 2}, tr.ConfigError, "prefix of 3 is above max_len = 2 of source 0"),
+        ({"logits_processor": 3}, tr.DTypeError, "logits_processor"),
+        ({"max_len": 2**31 - 1, "beam": 2**20}, tr.OutOfMemoryError, "1048576 hypotheses.*GiB.*lower beam or max_len"),
+    ],
+)
+def test_settings_are_checked(options, error, text):
+    model = model_of()
+    with pytest.raises(error, match=text):
+        model.generate([[3, 4], [3]], **options)
+    assert len(model.generate([[3]])) == 1
+
+
+def test_settings_of_hypotheses_are_checked():
+    model = model_of()
+    for options, text in (
+        ({"n_best": 2}, "n_best"),
+        ({"n_best": 0, "temperature": 1.0}, "n_best"),
+        ({"alternatives": WORDS + 1}, "alternatives = 13"),
+        ({"alternatives": -1}, "alternatives"),
+    ):
+        with pytest.raises(tr.ConfigError, match=text):
+            model.hypotheses([[3]], **options)
+    with pytest.raises(tr.ConfigError, match="max_len = 9 needs as many positions"):
+        model_of(positions="learned", max_positions=8).generate([[3]], max_len=9)
