@@ -103,10 +103,10 @@ impl<T: Float> Operation<T> for OfLogits {
     }
 }
 
-/// Rows whose logits exist at a time: some megabytes of them, enough rows for the products. It depends on the vocabulary
-/// alone, so that no bit depends on the batch.
+/// Rows whose logits exist at a time: enough that packing the weight, anew for each chunk, is cheap beside the products; for
+/// small vocabularies, some megabytes. It depends on the vocabulary alone, so that no bit depends on the batch.
 fn chunk_rows(vocabulary: usize) -> usize {
-    ((1 << 20) / vocabulary).clamp(256, 4096)
+    ((1 << 20) / vocabulary).clamp(1024, 4096)
 }
 
 /// The size of the vocabulary of a projection (V, D) for x of D columns.
