@@ -29,6 +29,7 @@ from .errors import (
 )
 from .hypothesis import Alternatives, Hypothesis
 from .optimizers import SGD, Adam, AdamW
+from .profiling import profile
 from .threads import get_num_threads, num_threads, set_num_threads
 from .trainer import Evaluation, StepResult, Trainer
 from .transformer import Attention, Transformer
@@ -67,6 +68,7 @@ __all__ = [
     "get_num_threads",
     "nn",
     "num_threads",
+    "profile",
     "schedules",
     "set_num_threads",
     "vjp",

@@ -12,6 +12,7 @@ __all__ = [
     "Decoder",
     "Layer",
     "OptimizerState",
+    "Profile",
     "Pullback",
     "Snapshot",
     "Trainer",
@@ -34,6 +35,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "paper_lr",
+    "peak",
     "read_safetensors",
     "rms_norm",
     "schedule_factor",
@@ -49,6 +51,19 @@ _Packed: TypeAlias = tuple[IntArray, IntArray, IntArray, IntArray]
 _Place: TypeAlias = tuple[int, int]
 _Found: TypeAlias = tuple[IntArray, float, NDArray[np.float32], bool, tuple[IntArray, NDArray[np.float32]] | None]
 _Step: TypeAlias = tuple[float, float, int, float, float, int]
+
+@final
+class Profile:
+    def __new__(cls) -> Profile: ...
+    @staticmethod
+    def of_process() -> Profile: ...
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    @property
+    def rows(self) -> list[dict[str, Any]]: ...
+    def table(self) -> str: ...
+
+def peak(threads: int, seconds: float) -> dict[str, float]: ...
 
 @final
 class Pullback:

@@ -8,7 +8,7 @@ use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use transformer_core::error::{Error, Result};
-use transformer_core::{simd, threads};
+use transformer_core::{profile, simd, threads};
 
 /// Runs `work` without the interpreter, inside a hot section. Signals are looked for at most every 50 ms, and what
 /// a handler raises (Ctrl-C: KeyboardInterrupt) comes out; errors become exceptions, panics included.
@@ -25,6 +25,7 @@ pub fn run_until<R: Send>(
     work: impl FnOnce() -> Result<R> + Send,
 ) -> PyResult<R> {
     simd::isa().map_err(raise)?;
+    profile::check().map_err(raise)?;
     let limit = context_limit(py)?;
     let main = on_main_thread(py)?;
     #[allow(clippy::disallowed_methods)]

@@ -10,6 +10,7 @@ pub mod generate;
 pub mod layer;
 pub mod optimizer;
 pub mod pools;
+pub mod profile;
 pub mod threads;
 pub mod trainer;
 pub mod transformer;
@@ -35,6 +36,8 @@ mod _core {
     use crate::layer::{Layer, check_encoder_config, read_safetensors};
     #[pymodule_export]
     use crate::optimizer::{OptimizerState, check_optimizer, check_schedule, paper_lr, schedule_factor};
+    #[pymodule_export]
+    use crate::profile::{Profile, machine_peak};
     #[pymodule_export]
     use crate::threads::{build_info, get_num_threads, set_num_threads};
     #[pymodule_export]

@@ -1,7 +1,7 @@
 //! Transformers on CPUs: kernels, a tape of fused operations, layers, training and decoding.
 //!
 //! The floors, each knowing only those below it: `models`, `generate`, `train` · `nn` · `ops` · `tape` ·
-//! `kernels` · `simd`, `threads`, `rows`, `rng`, `error`.
+//! `kernels` · `simd`, `threads`, `rows`, `rng`, `profile`, `error`.
 
 pub mod checkpoint;
 pub mod error;
@@ -10,6 +10,7 @@ pub mod kernels;
 pub mod models;
 pub mod nn;
 pub mod ops;
+pub mod profile;
 pub mod rng;
 pub mod rows;
 pub mod simd;

@@ -4,6 +4,7 @@ use super::hypothesis::{CrossAttention, Hypothesis};
 use super::on_tape;
 use crate::error::Result;
 use crate::models::Transformer;
+use crate::profile::{self, Work};
 use crate::rows::Rows;
 use crate::tape::{Params, Pool};
 
@@ -16,6 +17,7 @@ pub(super) fn attend(
     rows: &Rows,
     found: &mut [Vec<Hypothesis>],
 ) -> Result<()> {
+    let _timed = profile::span("attention weights", [0, 0], || Work::of_parts(rows.total()));
     let ranks = found.iter().map(Vec::len).max().unwrap_or(0);
     on_tape(pool, |tape| {
         let memory = model.encode(tape, params, src, rows)?;

@@ -11,6 +11,7 @@ use crate::error::Result;
 use crate::kernels::softmax::log_sum_exp;
 use crate::kernels::top_k::{Entry, top_k};
 use crate::models::{DecoderState, Transformer};
+use crate::profile::{self, Work};
 use crate::rows::Rows;
 use crate::tape::{Params, Pool};
 use crate::threads::{self, for_each};
@@ -122,6 +123,7 @@ impl Decoding {
         params: &Params<f32>,
         processor: Option<&mut Processor<'_>>,
     ) -> Result<Vec<(usize, Vec<Hypothesis>)>> {
+        let _timed = profile::span("decoding", [0, 0], || Work::of_parts(self.beams.iter().map(Beam::alive).sum()));
         let follows = threads::section(None, || self.follows(model, pool, params, processor));
         let (mut beams, state) = (std::mem::take(&mut self.beams), self.state.take());
         let waiting = std::mem::take(&mut self.waiting);
@@ -135,7 +137,7 @@ impl Decoding {
         }
         let (done, live) = beams.into_iter().partition::<Vec<_>, _>(|beam| beam.alive() == 0);
         if let Some(mut state) = state.filter(|_| !live.is_empty()) {
-            state.reorder(&parents)?;
+            profile::part("reorder", [0, 0], || Work::of_parts(parents.len())).run(|| state.reorder(&parents))?;
             (self.state, self.beams) = (Some(state), live);
         }
         Ok(done.into_iter().map(|beam| (beam.plan.source, beam.into_best())).collect())
@@ -165,6 +167,7 @@ impl Decoding {
 
     /// The same, given the logits (R, V) of all.
     fn choose(&self, logits: &[f32], v: usize, mut processor: Option<&mut Processor<'_>>) -> Result<Vec<Follow>> {
+        let _timed = profile::part("choice", [v, 0], || Work::passes::<f32>(1, logits.len() / v, v));
         let mut rows = Vec::new();
         for (beam, live) in self.beams.iter().flat_map(|beam| (0..beam.alive()).map(move |live| (beam, live))) {
             let mut row = Row { beam, live, ids: Vec::new(), processed: None };

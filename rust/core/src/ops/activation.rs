@@ -3,6 +3,7 @@
 use crate::ensure;
 use crate::error::Result;
 use crate::kernels::activation as kernels;
+use crate::profile::{self, Work};
 use crate::simd::Float;
 use crate::tape::{Backward, Operation, Tape, Tensor, Var};
 
@@ -31,6 +32,7 @@ pub enum Gate {
 /// y = f(x), element by element.
 pub fn activation<T: Float>(tape: &mut Tape<T>, x: Var, kind: Activation) -> Result<Var> {
     let (rows, cols) = (tape.value(x)?.rows(), tape.value(x)?.cols());
+    let _timed = profile::forward("activation", [cols, 0], || Work::passes::<T>(2, rows, cols));
     let mut y = tape.pool.tensor(rows, cols)?;
     let values = tape.value(x)?;
     match kind {
@@ -59,6 +61,7 @@ impl<T: Float> Operation<T> for Pointwise {
 
     fn backward(self: Box<Self>, cx: &mut Backward<'_, T>, mut dy: Tensor<T>) -> Result<()> {
         let x = cx.value(self.x)?;
+        let _timed = profile::backward("activation", [x.cols(), 0], || Work::passes::<T>(3, x.rows(), x.cols()));
         match self.kind {
             Activation::Relu => kernels::activation_backward(kernels::Relu, &mut dy, x),
             Activation::Gelu => kernels::activation_backward(kernels::Gelu, &mut dy, x),
@@ -78,6 +81,7 @@ pub fn gated<T: Float>(tape: &mut Tape<T>, x: Var, gate: Gate) -> Result<Var> {
         "gated: argument `x`: expected an even number of columns, gate and up side by side, got {both}"
     );
     let cols = both / 2;
+    let _timed = profile::forward("gated", [cols, 0], || Work::passes::<T>(3, rows, cols));
     let mut y = tape.pool.tensor(rows, cols)?;
     let values = tape.value(x)?;
     match gate {
@@ -104,6 +108,7 @@ impl<T: Float> Operation<T> for Gated {
 
     fn backward(self: Box<Self>, cx: &mut Backward<'_, T>, dy: Tensor<T>) -> Result<()> {
         let x = cx.value(self.x)?;
+        let _timed = profile::backward("gated", [dy.cols(), 0], || Work::passes::<T>(5, dy.rows(), dy.cols()));
         let mut dx = cx.pool.tensor(x.rows(), x.cols())?;
         match self.gate {
             Gate::Glu => kernels::gated_backward(kernels::Sigmoid, &mut dx, &dy, x, dy.cols()),

@@ -5,6 +5,7 @@ use crate::kernels::attention::{
     self as kernel, Gradients, Grid, Inputs, Operand, Out, Saved, Sequence, attention_backward,
     attention_bias_backward, attention_forward, attention_weights,
 };
+use crate::profile::{self, Work};
 use crate::rng::Dropout;
 use crate::rows::Rows;
 use crate::simd::Float;
@@ -132,6 +133,7 @@ pub fn attention<T: Float>(
     };
 
     let (wanted, asked) = (tape.wants_any(&vars), tape.attention_mut().is_some());
+    let _timed = profile::forward(call.name(), [n_heads, head_dim], || call.work::<T>(2, 0));
     let mut y = tape.pool.tensor(rows.total(), n_heads * head_dim)?;
     let mut lse = if wanted || asked { Some(tape.pool.tensor(rows.total(), n_heads)?) } else { None };
     let inputs = call.inputs(|var| tape.value(var), cache)?;
@@ -170,6 +172,26 @@ struct Call {
 }
 
 impl Call {
+    /// Its name in profiles.
+    fn name(&self) -> &'static str {
+        if self.causal { "attention (causal)" } else { "attention" }
+    }
+
+    /// What it has to do: so many products of what its queries may see as far as lengths and causality go; y, q, k and v
+    /// cross from or to memory, and `again` as many gradients.
+    fn work<T>(&self, products: usize, again: usize) -> Work {
+        let visible = |s: &Sequence, l: usize| (l as isize + 1 + s.shift).clamp(0, s.keys as isize) as usize;
+        let pairs = |s: &Sequence| match self.causal {
+            true => (0..s.queries).map(|l| visible(s, l)).sum(),
+            false => s.queries * s.keys,
+        };
+        let Heads { n_heads, n_kv_heads, head_dim, .. } = self.heads;
+        let sum = |of: &dyn Fn(&Sequence) -> usize| self.sequences.iter().map(of).sum::<usize>();
+        let (queries, keys) = (sum(&|s| s.queries), sum(&|s| s.keys));
+        let numbers = 2 * (1 + again) * (queries * n_heads + keys * n_kv_heads) * head_dim;
+        Work::attention::<T>(products, queries, sum(&pairs), [n_heads, head_dim], numbers)
+    }
+
     /// What the kernels work on, checked.
     fn inputs<'a, T: Float>(
         &'a self,
@@ -292,6 +314,8 @@ impl<T: Float> Operation<T> for Node<T> {
 
     fn backward(self: Box<Self>, cx: &mut Backward<'_, T>, dy: Tensor<T>) -> Result<()> {
         let Node { call, y, lse } = *self;
+        // S and dP, then dQ, dK and dV.
+        let _timed = profile::backward(call.name(), [call.heads.n_heads, call.heads.head_dim], || call.work::<T>(5, 2));
         let inputs = call.inputs(|var| cx.value(var), None)?;
         let saved = Saved { dy: &dy, y: cx.value(y)?, lse: &lse };
         let mut d = cx.pool.tensor(lse.rows(), lse.cols())?;

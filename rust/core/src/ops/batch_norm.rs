@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::kernels::batch_norm::{batch_norm_backward, batch_norm_forward, batch_norm_sums, squared_deviations};
 use crate::kernels::elementwise::{multiple, scale_assign};
 use crate::kernels::reduce::{fold_partials, partial_rows, sum_blocks};
+use crate::profile::{self, Work};
 use crate::simd::Float;
 use crate::tape::{Backward, Operation, ParamId, Params, Pool, StatId, Tape, Tensor, Var};
 
@@ -65,6 +66,8 @@ pub fn batch_norm<T: Float>(
     );
 
     let wanted = tape.wants(params, &[x], weight.as_slice()) || tape.wants(params, &[], bias.as_slice());
+    let passes = if evaluates.is_some() { 2 } else { 4 };
+    let _timed = profile::forward("batch_norm", [cols, 0], || Work::passes::<T>(passes, rows, cols));
     let (mut mean, mut rstd) = (tape.pool.tensor(1, cols)?, tape.pool.tensor(1, cols)?);
     match evaluates {
         Some(running) => {
@@ -143,6 +146,7 @@ impl<T: Float> Operation<T> for Node<T> {
         let Node { x: input, weight, bias, of_batch, mean, rstd } = *self;
         let (x, params) = (cx.value(input)?, cx.params);
         let (rows, cols) = (x.rows(), x.cols());
+        let _timed = profile::backward("batch_norm", [cols, 0], || Work::passes::<T>(5, rows, cols));
         // y = xhat · w + b  =>  dw = Σ dy · xhat, db = Σ dy
         let mut sums = cx.pool.tensor(partial_rows(rows), 2 * cols)?;
         batch_norm_sums(&mut sums, &dy, x, &mean, &rstd)?;

@@ -9,6 +9,7 @@ use crate::kernels::elementwise::{multiple, scale_assign};
 use crate::kernels::gemm::Mat;
 use crate::kernels::reduce::sum;
 use crate::kernels::softmax::{RowLoss, cross_entropy_rows, log_probabilities};
+use crate::profile::{self, Work};
 use crate::simd::Float;
 use crate::tape::{Backward, Operation, ParamId, Params, Tape, Tensor, Var};
 use crate::{bail, ensure};
@@ -65,6 +66,7 @@ pub fn cross_entropy<T: Float>(
 ) -> Result<CrossEntropy> {
     let (rows, v) = (tape.value(logits)?.rows(), tape.value(logits)?.cols());
     check("cross_entropy", rows, targets, v, smoothing)?;
+    let _timed = profile::forward("cross_entropy", [v, 0], || Work::passes::<T>(2, rows, v));
     let mut losses = vec![RowLoss::default(); rows];
     let mut scratch = tape.pool.tensor(rows, v)?;
     scratch.copy_from_slice(tape.value(logits)?);
@@ -93,6 +95,8 @@ impl<T: Float> Operation<T> for OfLogits {
 
     fn backward(self: Box<Self>, cx: &mut Backward<'_, T>, dloss: Tensor<T>) -> Result<()> {
         let logits = cx.value(self.logits)?;
+        let (rows, v) = (logits.rows(), logits.cols());
+        let _timed = profile::backward("cross_entropy", [v, 0], || Work::passes::<T>(2, rows, v));
         let mut dlogits = cx.pool.tensor(logits.rows(), logits.cols())?;
         dlogits.copy_from_slice(logits);
         let mut losses = vec![RowLoss::default(); logits.rows()];
@@ -142,6 +146,7 @@ pub fn linear_cross_entropy<T: Float>(
     check("linear_cross_entropy", rows, targets, v, smoothing)?;
     let (w, b, precision) = (params.get(weight), bias.map(|bias| params.get(bias)), tape.precision);
 
+    let _timed = profile::forward("linear_cross_entropy", [d, v], || Work::of_parts(rows));
     let counted: Vec<usize> = (0..rows).filter(|&row| targets[row] != IGNORE).collect();
     let all = counted.len() == rows;
     let wants = [
@@ -178,8 +183,10 @@ pub fn linear_cross_entropy<T: Float>(
             counted.iter().zip(gathered.chunks_mut(d.max(1))).for_each(|(&row, to)| to.copy_from_slice(x.row(row)));
         }
         let x = if all { Mat::new(&x[counted[0] * d..], n, d)? } else { Mat::new(&gathered, n, d)? };
-        product(precision, &mut logits, x, transposed(w, v, d)?, b, None, None)?;
-        cross_entropy_rows(losses, &mut logits, &targets, v, smoothing, wanted.then_some(T::ONE))?;
+        profile::part("logits", [d, v], || Work::product::<T>(n, d, v))
+            .run(|| product(precision, &mut logits, x, transposed(w, v, d)?, b, None, None))?;
+        profile::part("softmax", [v, 0], || Work::passes::<T>(1 + usize::from(wanted), n, v))
+            .run(|| cross_entropy_rows(losses, &mut logits, &targets, v, smoothing, wanted.then_some(T::ONE)))?;
         let dlogits = &logits;
         if let Some(dw) = &mut dw {
             product_dw(precision, dw, beta, matrix(dlogits)?, x)?;
@@ -222,6 +229,10 @@ impl<T: Float> Operation<T> for OfProjection<T> {
 
     fn backward(self: Box<Self>, cx: &mut Backward<'_, T>, dloss: Tensor<T>) -> Result<()> {
         let scale = dloss[0];
+        let _timed = profile::backward("linear_cross_entropy", [0, 0], || {
+            let gradients = self.params.iter().filter_map(|(_, gradient)| gradient.as_ref());
+            Work::passes::<T>(2, 1, gradients.map(|gradient| gradient.len()).sum())
+        });
         cx.pool.recycle(dloss);
         if let Some(mut dx) = self.dx {
             if scale != T::ONE {
@@ -252,6 +263,7 @@ pub fn token_logprobs<T: Float>(
     let (rows, d) = (tape.value(x)?.rows(), tape.value(x)?.cols());
     let v = vocabulary(params, "token_logprobs", d, weight, bias)?;
     check("token_logprobs", rows, targets, v, 0.0)?;
+    let _timed = profile::forward("token_logprobs", [d, v], || Work::product::<T>(rows, d, v));
     let mut log_p = vec![T::ZERO; rows];
     let chunk = chunk_rows(v);
     for (i, (log_p, targets)) in log_p.chunks_mut(chunk).zip(targets.chunks(chunk)).enumerate() {

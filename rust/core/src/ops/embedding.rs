@@ -2,6 +2,7 @@
 
 use crate::error::Result;
 use crate::kernels::embedding::{embedding_backward, embedding_forward, rows_by_id};
+use crate::profile::{self, Work};
 use crate::simd::Float;
 use crate::tape::{Backward, Operation, ParamId, Params, Tape, Tensor, Var};
 use crate::{bail, ensure};
@@ -24,6 +25,7 @@ pub fn embedding<T: Float>(
     check_ids("embedding", "ids", ids.iter().copied(), vocabulary)?;
     ensure!(cols > 0, Shape, "embedding: argument `table`: expected at least one column, got none");
     let wanted = tape.wants(params, &[], &[table]);
+    let _timed = profile::forward("embedding", [vocabulary, cols], || Work::passes::<T>(2, ids.len(), cols));
     let mut y = tape.pool.tensor(ids.len(), cols)?;
     embedding_forward(&mut y, params.get(table), ids, cols, scale)?;
     let y = tape.push(y, wanted);
@@ -56,6 +58,10 @@ impl<T: Float> Operation<T> for Node {
     }
 
     fn backward(self: Box<Self>, cx: &mut Backward<'_, T>, dy: Tensor<T>) -> Result<()> {
+        let vocabulary = cx.params.layout().entry(self.table).shape[0];
+        let _timed = profile::backward("embedding", [vocabulary, dy.cols()], || {
+            Work::passes::<T>(1, dy.rows() + vocabulary, dy.cols())
+        });
         cx.accumulate_param(self.table, |dtable, beta, _| {
             embedding_backward(dtable, beta, &dy, &self.sorted, dy.cols(), self.scale)
         })?;

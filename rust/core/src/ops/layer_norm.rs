@@ -7,6 +7,7 @@ use crate::kernels::Beta;
 use crate::kernels::elementwise::multiple;
 use crate::kernels::norm::{Norm, norm_backward, norm_forward};
 use crate::kernels::reduce::{fold_partials, partial_rows};
+use crate::profile::{self, Work};
 use crate::simd::Float;
 use crate::tape::{Backward, Operation, ParamId, Params, Pool, Tape, Tensor, Var};
 
@@ -41,6 +42,7 @@ pub(super) fn norm<T: Float>(
         }
     }
     let wanted = tape.wants(params, &[x], weight.as_slice()) || tape.wants(params, &[], bias.as_slice());
+    let _timed = profile::forward(op, [cols, 0], || Work::passes::<T>(2, rows, cols));
     let (ones, zeros) = (constant_row(&mut tape.pool, cols, T::ONE)?, constant_row(&mut tape.pool, cols, T::ZERO)?);
     let (mut mean, mut rstd) = (tape.pool.tensor(rows, 1)?, tape.pool.tensor(rows, 1)?);
     let mut y = tape.pool.tensor(rows, cols)?;
@@ -84,6 +86,7 @@ impl<T: Float> Operation<T> for Node<T> {
         let Node { norm, x: input, weight, bias, mean, rstd } = *self;
         let (x, params) = (cx.value(input)?, cx.params);
         let (rows, cols) = (x.rows(), x.cols());
+        let _timed = profile::backward(name(norm), [cols, 0], || Work::passes::<T>(3, rows, cols));
         let wanted = weight.into_iter().chain(bias).any(|id| cx.wants_param(id));
         let mut partials = cx.pool.tensor(if wanted { partial_rows(rows) } else { 0 }, 2 * cols)?;
         let ones = constant_row(cx.pool, cols, T::ONE)?;

@@ -9,6 +9,7 @@ use crate::kernels::activation::{self as curves, relu_backward};
 use crate::kernels::elementwise::multiple;
 use crate::kernels::gemm::{self, Affine, Identity, Mat, MatMut, NoEpilogue, Precision, Rhs};
 use crate::kernels::reduce::{fold_partials, partial_rows, sum_blocks};
+use crate::profile::{self, Work};
 use crate::rng::Dropout;
 use crate::simd::Float;
 use crate::tape::{Backward, Operation, ParamId, Params, Pool, Tape, Tensor, Var};
@@ -60,6 +61,7 @@ fn affine<T: Float>(
     let widths = check(params, d, weights, biases)?;
     let o = widths.iter().sum();
     let wanted = tape.wants(params, &[x], weights) || tape.wants(params, &[], biases);
+    let _timed = profile::forward("linear", [d, o], || Work::product::<T>(rows, d, o));
     let mut y = tape.pool.tensor(rows, o)?;
     let b = (!biases.is_empty()).then(|| params.group(biases));
     // Packing a weight again costs as much as some ten rows; a pass that records is soon followed by another weight.
@@ -161,6 +163,7 @@ pub(super) fn product_dx<T: Float>(
     d: usize,
 ) -> Result<()> {
     let (rows, o) = dy.shape();
+    let _timed = profile::part("dx", [d, o], || Work::product::<T>(rows, o, d));
     gemm::gemm_with(precision, MatMut::new(dx, rows, d)?, dy, Mat::new(w, o, d)?, beta, &NoEpilogue)
 }
 
@@ -172,11 +175,14 @@ pub(super) fn product_dw<T: Float>(
     dy: Mat<T>,
     x: Mat<T>,
 ) -> Result<()> {
+    let ((rows, o), (_, d)) = (dy.shape(), x.shape());
+    let _timed = profile::part("dW", [d, o], || Work::product::<T>(o, rows, d));
     gemm::gemm_with(precision, MatMut::new(dw, dy.shape().1, x.shape().1)?, dy.t(), x, beta, &NoEpilogue)
 }
 
 /// The sum of the rows of dy, in the first row of what is returned.
 pub(super) fn column_sums<T: Float>(dy: &Tensor<T>, pool: &mut Pool<T>) -> Result<Tensor<T>> {
+    let _timed = profile::part("db", [dy.cols(), 0], || Work::passes::<T>(1, dy.rows(), dy.cols()));
     let mut sums = pool.tensor(partial_rows(dy.rows()), dy.cols())?;
     sum_blocks(&mut sums, dy, dy.cols())?;
     fold_partials(&mut sums, dy.cols())?;
@@ -199,6 +205,10 @@ impl<T: Float> Operation<T> for Node<T> {
 
     fn backward(self: Box<Self>, cx: &mut Backward<'_, T>, mut dy: Tensor<T>) -> Result<()> {
         let Node { x: input, weights, biases, widths, relu } = *self;
+        let slope = if relu.is_some() { 3 } else { 0 };
+        let _timed = profile::backward("linear", [cx.value(input)?.cols(), dy.cols()], || {
+            Work::passes::<T>(slope, dy.rows(), dy.cols())
+        });
         if let Some((y, scale)) = relu {
             relu_backward(&mut dy, cx.value(y)?, scale)?;
         }

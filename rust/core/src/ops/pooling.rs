@@ -4,6 +4,7 @@ use crate::ensure;
 use crate::error::Result;
 pub use crate::kernels::pooling::Pooling;
 use crate::kernels::pooling::{pool_backward, pool_forward};
+use crate::profile::{self, Work};
 use crate::rows::Rows;
 use crate::simd::Float;
 use crate::tape::{Backward, Operation, Tape, Tensor, Var};
@@ -18,6 +19,7 @@ pub fn pool<T: Float>(tape: &mut Tape<T>, x: Var, rows: &Rows, kind: Pooling) ->
         "pool: argument `x`: expected a row for each of {} tokens, got {total}",
         rows.total()
     );
+    let _timed = profile::forward("pool", [cols, 0], || Work::passes::<T>(1, total + rows.sequences(), cols));
     let mut y = tape.pool.tensor(rows.sequences(), cols)?;
     pool_forward(&mut y, tape.value(x)?, rows, cols, kind)?;
     let wanted = tape.wants_any(&[x]);
@@ -42,6 +44,7 @@ impl<T: Float> Operation<T> for Node {
     fn backward(self: Box<Self>, cx: &mut Backward<'_, T>, dy: Tensor<T>) -> Result<()> {
         let Node { x, rows, kind } = *self;
         let cols = dy.cols();
+        let _timed = profile::backward("pool", [cols, 0], || Work::passes::<T>(1, rows.total() + dy.rows(), cols));
         // y = Σ x / n  =>  dx = dy / n in every row
         cx.accumulate(x, rows.total(), cols, |dx, beta, _| pool_backward(dx, beta, &dy, &rows, cols, kind))?;
         cx.pool.recycle(dy);

@@ -3,6 +3,7 @@
 use crate::ensure;
 use crate::error::Result;
 use crate::kernels::embedding::add_table_rows;
+use crate::profile::{self, Work};
 use crate::simd::Float;
 use crate::tape::{Backward, Operation, Tape, Tensor, Var};
 
@@ -29,6 +30,7 @@ pub fn add_rows<T: Float>(tape: &mut Tape<T>, x: Var, table: &[T], index: &[usiz
             "add_rows: argument `index`: expected positions below {positions}, got {i}; use a longer table"
         );
     }
+    let _timed = profile::forward("add_rows", [cols, 0], || Work::passes::<T>(2, rows, cols));
     let mut y = tape.pool.tensor(rows, cols)?;
     add_table_rows(&mut y, tape.value(x)?, table, index, cols)?;
     let wanted = tape.wants_any(&[x]);
@@ -49,6 +51,7 @@ impl<T: Float> Operation<T> for Node {
     }
 
     fn backward(self: Box<Self>, cx: &mut Backward<'_, T>, dy: Tensor<T>) -> Result<()> {
+        let _timed = profile::backward("add_rows", [dy.cols(), 0], || Work::of_parts(dy.rows()));
         cx.give(self.x, dy)
     }
 }

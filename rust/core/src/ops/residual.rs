@@ -5,6 +5,7 @@ use crate::error::Result;
 use crate::kernels::Beta;
 use crate::kernels::dropout::dropout_rows;
 use crate::kernels::elementwise::{add_into, multiple};
+use crate::profile::{self, Work};
 use crate::rng::Dropout;
 use crate::simd::Float;
 use crate::tape::{Backward, Operation, Tape, Tensor, Var};
@@ -46,6 +47,8 @@ fn sum<T: Float>(
     dropout: Option<Dropout>,
 ) -> Result<Var> {
     let (rows, cols) = (tape.value(y)?.rows(), tape.value(y)?.cols());
+    let passes = 2 + usize::from(x.is_some());
+    let _timed = profile::forward(name, [cols, 0], || Work::passes::<T>(passes, rows, cols));
     let mut z = tape.pool.tensor(rows, cols)?;
     let trunk = x.map(|x| tape.value(x)).transpose()?;
     if let Some(x) = trunk {
@@ -82,8 +85,9 @@ impl<T: Float> Operation<T> for Node {
     }
 
     fn backward(self: Box<Self>, cx: &mut Backward<'_, T>, dz: Tensor<T>) -> Result<()> {
-        let Node { x, y, dropout, .. } = *self;
+        let Node { name, x, y, dropout } = *self;
         let (rows, cols) = (dz.rows(), dz.cols());
+        let _timed = profile::backward(name, [cols, 0], || Work::passes::<T>(2, rows, cols));
         // dy = dropout(dz), drawn again: the same key gives the same mask.
         match &dropout {
             Some(dropout) => cx.accumulate(y, rows, cols, |dy, beta, pool| match beta {

@@ -2,12 +2,14 @@
 
 use crate::error::Result;
 use crate::kernels::softmax::{log_softmax, softmax_backward, softmax_forward};
+use crate::profile::{self, Work};
 use crate::simd::Float;
 use crate::tape::{Backward, Operation, Tape, Tensor, Var};
 
 /// y = eˣ / Σ eˣ, over the columns of each row.
 pub fn softmax<T: Float>(tape: &mut Tape<T>, x: Var) -> Result<Var> {
     let (rows, cols) = (tape.value(x)?.rows(), tape.value(x)?.cols());
+    let _timed = profile::forward("softmax", [cols, 0], || Work::passes::<T>(2, rows, cols));
     let mut y = tape.pool.tensor(rows, cols)?;
     softmax_forward(&mut y, tape.value(x)?, cols)?;
     let wanted = tape.wants_any(&[x]);
@@ -22,6 +24,7 @@ pub fn softmax<T: Float>(tape: &mut Tape<T>, x: Var) -> Result<Var> {
 pub fn log_probabilities<T: Float>(tape: &mut Tape<T>, logits: Var) -> Result<Tensor<T>> {
     let mut rows = tape.take(logits)?;
     let cols = rows.cols();
+    let _timed = profile::forward("log_probabilities", [cols, 0], || Work::passes::<T>(2, rows.rows(), cols));
     log_softmax(&mut rows, cols)?;
     Ok(rows)
 }
@@ -39,6 +42,7 @@ impl<T: Float> Operation<T> for Node {
     fn backward(self: Box<Self>, cx: &mut Backward<'_, T>, mut dy: Tensor<T>) -> Result<()> {
         // dx = y · (dy − Σ dy · y)
         let y = cx.value(self.y)?;
+        let _timed = profile::backward("softmax", [y.cols(), 0], || Work::passes::<T>(3, y.rows(), y.cols()));
         softmax_backward(&mut dy, y, y.cols())?;
         cx.give(self.x, dy)
     }

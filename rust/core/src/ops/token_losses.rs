@@ -3,6 +3,7 @@
 use super::cross_entropy::check;
 use crate::error::Result;
 use crate::kernels::softmax::{RowLoss, cross_entropy_rows};
+use crate::profile::{self, Work};
 use crate::simd::Float;
 use crate::tape::{Backward, Operation, Tape, Tensor, Var};
 
@@ -11,6 +12,7 @@ use crate::tape::{Backward, Operation, Tape, Tensor, Var};
 pub fn token_losses<T: Float>(tape: &mut Tape<T>, logits: Var, targets: &[u32], smoothing: f64) -> Result<Var> {
     let (rows, v) = (tape.value(logits)?.rows(), tape.value(logits)?.cols());
     check("cross_entropy", rows, targets, v, smoothing)?;
+    let _timed = profile::forward("token_losses", [v, 0], || Work::passes::<T>(2, rows, v));
     let mut losses = vec![RowLoss::default(); rows];
     let mut scratch = tape.pool.tensor(rows, v)?;
     scratch.copy_from_slice(tape.value(logits)?);
@@ -40,6 +42,7 @@ impl<T: Float> Operation<T> for TokenLosses {
     fn backward(self: Box<Self>, cx: &mut Backward<'_, T>, dy: Tensor<T>) -> Result<()> {
         let logits = cx.value(self.logits)?;
         let v = logits.cols();
+        let _timed = profile::backward("token_losses", [v, 0], || Work::passes::<T>(2, logits.rows(), v));
         let mut dlogits = cx.pool.tensor(logits.rows(), v)?;
         dlogits.copy_from_slice(logits);
         // dlogits = dy · (softmax − (1 − ε) · onehot(target) − ε / V), a factor for each row

@@ -2,10 +2,12 @@
 
 use crate::error::Result;
 use crate::kernels::reduce::sum_of_squares;
+use crate::profile::{self, Work};
 use crate::tape::Grads;
 
 /// The Euclidean norm over all parameters; the arena must be complete. Partial sums stand over blocks of a fixed size.
 pub fn global_norm(grads: &Grads<f32>) -> Result<f64> {
+    let _timed = profile::span("gradient norm", [0, 0], || Work::passes::<f32>(1, 1, grads.arena().len()));
     Ok(sum_of_squares(grads.arena())?.sqrt())
 }
 

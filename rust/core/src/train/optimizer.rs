@@ -3,6 +3,7 @@
 use super::pattern;
 use crate::error::Result;
 use crate::kernels::optimizer::{Adam, Sgd, adam, descent, momentum};
+use crate::profile::{self, Work};
 use crate::simd::Buffer;
 use crate::tape::{Grads, ParamId, Params};
 use crate::threads::{GRAIN, for_each};
@@ -239,6 +240,8 @@ impl OptimizerState {
         if self.moments.len() != optimizer.moments().len() {
             bail!(Config, "optimizer: the moments were made by another optimiser; start it anew");
         }
+        let passes = 3 + 2 * self.moments.len();
+        let _timed = profile::span(optimizer.name(), [0, 0], || Work::passes::<f32>(passes, 1, grads.arena().len()));
         let g = grads.arena();
         let mut w = Cutter::new(params.arena_mut());
         let mut arenas = self.moments.iter_mut();

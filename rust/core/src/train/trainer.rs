@@ -7,6 +7,7 @@ use crate::kernels::elementwise::scale_assign;
 use crate::kernels::gemm::Precision;
 use crate::models::{Batch, Transformer};
 use crate::ops::CrossEntropy;
+use crate::profile::{self, Work};
 use crate::rng::Key;
 use crate::simd::Float;
 use crate::tape::{Grads, ParamId, Params, Pool, StatId, Tape};
@@ -277,6 +278,7 @@ impl Trainer {
         params: &mut Params<f32>,
         micro_batches: &[L::Batch],
     ) -> Result<StepResult> {
+        let _timed = profile::span("training step", [0, 0], Work::default);
         section(None, || {
             self.claim(params)?;
             let gradients = self.accumulate(model, params, micro_batches)?;
@@ -433,7 +435,8 @@ impl Trainer {
         }
         sum.grads.complete();
         // Up to here everything was a plain sum over batches (and, one day, processes).
-        scale_assign(sum.grads.arena_mut(), (1.0 / sum.n_tokens as f64) as f32)?;
+        profile::span("gradient mean", [0, 0], || Work::passes::<f32>(2, 1, sum.grads.arena().len()))
+            .run(|| scale_assign(sum.grads.arena_mut(), (1.0 / sum.n_tokens as f64) as f32))?;
         let mean = |(id, (count, sums)): (StatId, (usize, Vec<f64>))| {
             (id, sums.into_iter().map(|sum| (sum / count as f64) as f32).collect())
         };

@@ -1,0 +1,110 @@
+//! What this machine can do: multiply-adds from registers, reading from memory, and copying.
+
+use crate::error::Result;
+use crate::kernel;
+use crate::simd::Buffer;
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+/// Independent chains of multiply-adds: more than latency times units of any CPU we know, fewer than its registers.
+const CHAINS: usize = 12;
+const ROUNDS: usize = 200_000;
+/// Numbers that each thread reads: 128 MiB of f32, far beyond the caches.
+const NUMBERS: usize = 32 << 20;
+
+/// Rates per second of some threads together.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Peak {
+    /// How many threads.
+    pub threads: usize,
+    /// Floating-point operations in f32, a multiply-add being two.
+    pub flops: f64,
+    /// Bytes read from memory.
+    pub read: f64,
+    /// Bytes read and written by a copy in memory. (What is written is mostly read first by the cache; that is not counted.)
+    pub copy: f64,
+}
+
+kernel! {
+    /// ROUNDS · CHAINS vector multiply-adds; gives their number of floating-point operations. `y` is there to be used.
+    pub fn multiply_add<'a, T>(s: S; y: &'a mut [T], a: T, b: T) -> f64 {
+        let (a, b) = (s.splat(a), s.splat(b));
+        let mut sums = [b; CHAINS];
+        for _ in 0..ROUNDS {
+            for sum in &mut sums {
+                *sum = s.mul_add(*sum, a, b);
+            }
+        }
+        for sum in sums {
+            s.store_first(s.add(sum, s.load_first(y, T::ZERO)), y);
+        }
+        (2 * CHAINS * ROUNDS * S::LANES) as f64
+    }
+}
+
+kernel! {
+    /// Reads all of `x`; gives the bytes.
+    pub fn read<'a, T>(s: S; y: &'a mut [T], x: &'a [T]) -> f64 {
+        let mut sums = [s.zero(); CHAINS];
+        for x in x.chunks_exact(CHAINS * S::LANES) {
+            for (sum, x) in sums.iter_mut().zip(x.chunks_exact(S::LANES)) {
+                *sum = s.add(*sum, s.load(x));
+            }
+        }
+        for sum in sums {
+            s.store_first(s.add(sum, s.load_first(y, T::ZERO)), y);
+        }
+        size_of_val(x) as f64
+    }
+}
+
+kernel! {
+    /// Copies `x` to `y` by plain loads and stores; gives the bytes read and written.
+    pub fn copy<'a, T>(s: S; y: &'a mut [T], x: &'a [T]) -> f64 {
+        for (y, x) in y.chunks_exact_mut(S::LANES).zip(x.chunks_exact(S::LANES)) {
+            s.store(s.load(x), y);
+        }
+        2.0 * size_of_val(x) as f64
+    }
+}
+
+/// The best rate, per second, of threads that do one `work` each, again and again: a slower round was disturbed.
+fn best_rate<W: Send>(time: Duration, works: &mut [W], work: impl Fn(&mut W) -> f64 + Sync) -> f64 {
+    let start = Instant::now();
+    let mut best = 0.0f64;
+    while start.elapsed() < time {
+        let work = &work;
+        let one = |own: &mut W| {
+            let start = Instant::now();
+            work(own) / start.elapsed().as_secs_f64()
+        };
+        let rates: Vec<f64> = std::thread::scope(|scope| {
+            let handles: Vec<_> = works.iter_mut().map(|own| scope.spawn(move || one(own))).collect();
+            handles.into_iter().filter_map(|handle| handle.join().ok()).collect()
+        });
+        best = best.max(rates.iter().sum());
+    }
+    best
+}
+
+/// Measures with `threads` threads of its own; each of the three rates takes about `time`.
+pub fn measure(threads: usize, time: Duration) -> Result<Peak> {
+    let flops = best_rate(time, &mut vec![[0.0f32; 16]; threads], |y| {
+        let flops = multiply_add(&mut y[..], black_box(0.5), black_box(1.0));
+        black_box(y);
+        flops
+    });
+    let mut memory = (0..threads).map(|_| Buffer::<f32>::zeroed(NUMBERS)).collect::<Result<Vec<_>>>()?;
+    memory.iter_mut().for_each(|x| x.fill(1.0)); // memory that was never written is one page of zeros
+    let read = best_rate(time, &mut memory, |x| {
+        let mut y = [0.0f32; 16];
+        let bytes = read(&mut y, black_box(&x[..]));
+        black_box(y);
+        bytes
+    });
+    let copy = best_rate(time, &mut memory, |x| {
+        let (x, y) = x.split_at_mut(NUMBERS / 2);
+        copy(y, black_box(x))
+    });
+    Ok(Peak { threads, flops, read, copy })
+}
