@@ -11,7 +11,7 @@ PACKAGE := $(shell find python -type f \( -name '*.py' -o -name '*.pyi' -o -name
 # Each instruction set is tested: the best one of this machine (the empty word: what dispatch picks by itself) and those below it.
 FLAGS := $(shell grep -m1 '^flags' /proc/cpuinfo 2>/dev/null)
 ISAS := portable $(if $(filter avx512f,$(FLAGS)),avx2)
-# Options of the programs: make demo ARGS="--minutes 1", make bench ARGS="tiny small".
+# Options of the programs: make demo ARGS="--minutes 1", make bench ARGS="steps".
 ARGS ?=
 
 .PHONY: help demo test test-rust test-python lint format golden bench dist clean
@@ -51,8 +51,8 @@ format: $(STAMPS)/tools ## Format Rust and Python
 golden: $(STAMPS)/tools $(STAMPS)/torch ## Write tests/golden anew from PyTorch (see TRANSFORMER_RS_TORCH_WHEEL in CONTRIBUTING.md)
 	$(BIN)/python tests/golden/make_golden.py
 
-bench: $(STAMPS)/package $(STAMPS)/torch ## Time the training steps beside PyTorch
-	$(BIN)/python benches/vs_torch.py $(ARGS)
+bench: $(STAMPS)/package $(STAMPS)/torch ## Measure everything beside PyTorch in ten minutes and rewrite docs/benchmarks.md
+	$(BIN)/python -m benches $(ARGS)
 
 dist: $(STAMPS)/dist-tools ## Build wheel (any Linux since 2014) and sdist into dist/ and prove that both install with NumPy alone
 	rm -rf dist
