@@ -29,6 +29,7 @@
 //! the platform's libm (`exp`, `ln`, `powf`, `tanh`, `sin`, `round`, `mul_add`, ...): see [`math`] and [`Float`].
 
 mod buffer;
+pub mod bytes;
 mod dispatch;
 mod float;
 pub mod math;

@@ -1,0 +1,116 @@
+//! Rows of numbers to bytes with a scale.
+
+use super::MAX_DEPTH;
+use crate::error::Result;
+use crate::simd::Float;
+use crate::{bail, ensure, kernel, threads};
+
+/// The largest byte: −128 is left out, so that magnitudes fit as well.
+const LARGEST: f64 = 127.0;
+/// Numbers that become bytes together: a fixed count, which the compiler turns into vector instructions.
+const BLOCK: usize = 64;
+
+kernel! {
+    /// One row to bytes, zeros behind them; gives scale and sum. A row with a number that is not finite has the scale NaN.
+    fn quantize_row<'a, T>(s: S; q: &'a mut [i8], x: &'a [T]) -> (f32, i32) {
+        let (mut largest, mut poison) = (s.zero(), s.zero());
+        for x in x.chunks(S::LANES) {
+            let x = s.load_first(x, T::ZERO);
+            largest = s.max(s.abs(x), largest);
+            poison = s.mul_add(x, s.zero(), poison); // 0, NaN from infinity and NaN on
+        }
+        let largest = s.reduce_max(largest);
+        q.fill(0);
+        if s.reduce_sum(poison).is_nan() {
+            return (f32::NAN, 0);
+        }
+        let factor = T::from_f64(LARGEST) / largest;
+        if !factor.is_finite() {
+            return (0.0, 0); // zeros, or so small that they are
+        }
+        let factor = s.splat(factor);
+        let mut sum = 0;
+        for (q, x) in q.chunks_mut(BLOCK).zip(x.chunks(BLOCK)) {
+            let mut rounded = [T::ZERO; BLOCK];
+            for (rounded, x) in rounded.chunks_mut(S::LANES).zip(x.chunks(S::LANES)) {
+                s.store(s.round(s.mul(s.load_first(x, T::ZERO), factor)), rounded);
+            }
+            let mut bytes = [0; BLOCK];
+            for (byte, &x) in bytes.iter_mut().zip(&rounded) {
+                // SAFETY: finite, and at most 127 (1 + 2⁻²²) before it was rounded.
+                let x = unsafe { (x.to_f64() as f32).to_int_unchecked::<i32>() };
+                *byte = x as i8;
+                sum += x;
+            }
+            q[..x.len()].copy_from_slice(&bytes[..x.len()]);
+        }
+        ((largest / T::from_f64(LARGEST)).to_f64() as f32, sum)
+    }
+}
+
+/// Every row of x (R, K) to bytes, rows of q being `stride` ≥ K apart with zeros behind; its scale, and the sum of its bytes.
+pub fn quantize_rows<T: Float>(
+    q: &mut [i8],
+    scales: &mut [f32],
+    sums: &mut [i32],
+    x: &[T],
+    depth: usize,
+    stride: usize,
+    workers: usize,
+) -> Result<()> {
+    if depth == 0 {
+        q.fill(0);
+        scales.fill(0.0);
+        sums.fill(0);
+        return Ok(());
+    }
+    let rows = threads::rows_per_task(depth);
+    fn some<T: Float>(q: &mut [i8], scales: &mut [f32], sums: &mut [i32], x: &[T], depth: usize, stride: usize) {
+        let rows = q.chunks_mut(stride).zip(x.chunks(depth));
+        for ((q, x), (scale, sum)) in rows.zip(scales.iter_mut().zip(sums)) {
+            (*scale, *sum) = quantize_row(q, x);
+        }
+    }
+    if workers == 1 {
+        some(q, scales, sums, x, depth, stride);
+        return Ok(());
+    }
+    let parts = (q.chunks_mut(rows * stride).zip(scales.chunks_mut(rows)))
+        .zip(sums.chunks_mut(rows).zip(x.chunks(rows * depth)));
+    threads::for_each(parts, |((q, scales), (sums, x))| some(q, scales, sums, x, depth, stride))
+}
+
+/// A weight (O, K) in int8, as it stands in a file: bytes row by row, and a scale for each row.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Int8Matrix {
+    /// (O, K), none of them −128
+    pub values: Vec<i8>,
+    /// (O,)
+    pub scales: Vec<f32>,
+    /// K
+    pub depth: usize,
+}
+
+impl Int8Matrix {
+    /// Zeros, for values that come from elsewhere.
+    pub fn zeros(outputs: usize, depth: usize) -> Result<Self> {
+        ensure!(depth <= MAX_DEPTH, Unsupported, "int8: sums of {depth} products are longer than {MAX_DEPTH}");
+        let mut values = Vec::new();
+        if values.try_reserve_exact(outputs * depth).is_err() {
+            bail!(OutOfMemory, "int8: cannot allocate {outputs} x {depth} bytes for a weight");
+        }
+        values.resize(outputs * depth, 0);
+        Ok(Int8Matrix { values, scales: vec![0.0; outputs], depth })
+    }
+
+    /// The nearest bytes of a weight (O, K), by the largest magnitude of each row.
+    pub fn quantize<T: Float>(w: &[T], outputs: usize, depth: usize) -> Result<Self> {
+        let mut matrix = Self::zeros(outputs, depth)?;
+        let Int8Matrix { values, scales, .. } = &mut matrix;
+        quantize_rows(values, scales, &mut vec![0; outputs], w, depth, depth, threads::num_threads())?;
+        if let Some(o) = scales.iter().position(|scale| scale.is_nan()) {
+            bail!(NonFinite, "int8: row {o} of a weight has numbers that are not finite");
+        }
+        Ok(matrix)
+    }
+}

@@ -1,0 +1,130 @@
+//! Int8 against plain loops, on every path of the machine, and the promises about bits.
+
+use super::super::gemm::{Affine, Identity, NoEpilogue};
+use super::*;
+use crate::kernels::testing::normal;
+use crate::threads::with_local_limit;
+
+const SHAPES: [(usize, usize, usize); 9] = [
+    (1, 1, 1),
+    (1, 64, 130),
+    (2, 7, 33),
+    (5, 130, 31),
+    (13, 4, 32),
+    (24, 37, 100),
+    (97, 384, 64),
+    (3, 513, 300),
+    (200, 65, 257),
+];
+
+fn quantized(x: &[f32], depth: usize) -> (Vec<i8>, Vec<f32>) {
+    let rows = x.len() / depth;
+    let (mut q, mut scales, mut sums) = (vec![9; x.len()], vec![f32::NAN; rows], vec![9; rows]);
+    quantize_rows(&mut q, &mut scales, &mut sums, x, depth, depth, 1).unwrap();
+    for (q, sum) in q.chunks(depth).zip(sums) {
+        assert_eq!(q.iter().map(|&q| i32::from(q)).sum::<i32>(), sum);
+    }
+    (q, scales)
+}
+
+#[test]
+fn every_path_gives_the_integers_of_the_reference() {
+    for (rows, depth, outputs) in SHAPES {
+        let (x, w) = (normal::<f32>(rows * depth, 1), normal::<f32>(outputs * depth, 2));
+        let (q, x_scales) = quantized(&x, depth);
+        let w = Int8Matrix::quantize(&w, outputs, depth).unwrap();
+        let expected = product_reference((&q, &x_scales), (&w.values, &w.scales), depth);
+        for bytes in Bytes::all() {
+            let packed = Int8Rhs::by(bytes, &[&w]).unwrap();
+            let mut y = vec![f32::NAN; rows * outputs];
+            product_by(bytes, &mut y, &x, &packed, &NoEpilogue).unwrap();
+            assert!(y == expected, "{bytes:?}: {rows} x {depth} x {outputs}");
+        }
+    }
+}
+
+#[test]
+fn the_largest_sums_are_exact() {
+    let (depth, outputs) = (20_000, 33);
+    let x = vec![1.0f32; depth];
+    for sign in [1.0f32, -1.0] {
+        let w = Int8Matrix::quantize(&vec![sign; outputs * depth], outputs, depth).unwrap();
+        for bytes in Bytes::all() {
+            let packed = Int8Rhs::by(bytes, &[&w]).unwrap();
+            let mut y = vec![f32::NAN; outputs];
+            product_by(bytes, &mut y, &x, &packed, &NoEpilogue).unwrap();
+            let sum = (127 * 127 * depth as i32) as f32 * (1.0f32 / 127.0 * (1.0f32 / 127.0));
+            assert_eq!(y, vec![sign * sum; outputs], "{bytes:?}");
+        }
+    }
+    assert!(Int8Matrix::quantize(&[0.0f32; MAX_DEPTH + 1], 1, MAX_DEPTH + 1).is_err());
+}
+
+#[test]
+fn a_row_is_rounded_to_the_nearest_by_its_own_scale() {
+    let (q, scales) = quantized(&[1.0, -2.54, 0.01, 0.03, 0.0, 0.0, 0.0, 0.0, f32::NAN, 1.0, 1.0, 1.0], 4);
+    assert_eq!(q[..8], [50, -127, 0, 2, 0, 0, 0, 0]); // 0.5 and 1.5 to the even one
+    assert!((scales[0] - 0.02).abs() < 1e-8 && scales[1] == 0.0 && scales[2].is_nan());
+    for bad in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN] {
+        let mut x = vec![1.0; 40];
+        x[33] = bad;
+        assert!(quantized(&x, 40).1[0].is_nan());
+    }
+    assert_eq!(quantized(&[1e-44, -1e-42], 2), (vec![0, 0], vec![0.0]));
+    let x: Vec<f32> = normal(5 * 300, 3);
+    let (q, scales) = quantized(&x, 300);
+    for ((x, q), &scale) in x.chunks(300).zip(q.chunks(300)).zip(&scales) {
+        assert!(q.iter().any(|q| q.unsigned_abs() == 127) && q.iter().all(|&q| q > -128));
+        assert!(x.iter().zip(q).all(|(x, &q)| (x - f32::from(q) * scale).abs() <= 0.5001 * scale));
+    }
+}
+
+#[test]
+fn a_row_has_the_same_bits_alone_in_a_batch_and_on_any_threads() {
+    let (rows, depth, outputs) = (230, 192, 160);
+    let x: Vec<f32> = normal(rows * depth, 1);
+    let w = Int8Matrix::quantize(&normal::<f32>(outputs * depth, 2), outputs, depth).unwrap();
+    let packed = Int8Rhs::new(&[&w]).unwrap();
+    let bias: Vec<f32> = normal(outputs, 3);
+    let epilogue = Affine { bias: Some(&bias), activation: Identity, dropout: None, residual: None };
+    let run = |x: &[f32]| {
+        let mut y = vec![f32::NAN; x.len() / depth * outputs];
+        product(&mut y, x, &packed, &epilogue).unwrap();
+        y
+    };
+    let one = with_local_limit(1, || run(&x));
+    for n in [2, 3, 7] {
+        assert!(with_local_limit(n, || run(&x)) == one, "{n} threads differ");
+    }
+    for r in [0, 11, 12, 95, 96, 229] {
+        assert_eq!(run(&x[r * depth..(r + 1) * depth]), one[r * outputs..(r + 1) * outputs]);
+    }
+}
+
+#[test]
+fn weights_that_stand_together_are_those_alone() {
+    let depth = 48;
+    let x: Vec<f32> = normal(9 * depth, 1);
+    let parts = [5, 32, 70].map(|o| Int8Matrix::quantize(&normal::<f32>(o * depth, o as u64), o, depth).unwrap());
+    let mut together = vec![f32::NAN; 9 * 107];
+    let all: Vec<_> = parts.iter().collect();
+    product(&mut together, &x, &Int8Rhs::new(&all).unwrap(), &NoEpilogue).unwrap();
+    let mut first = 0;
+    for w in &parts {
+        let outputs = w.scales.len();
+        let mut y = vec![f32::NAN; 9 * outputs];
+        product(&mut y, &x, &Int8Rhs::new(&[w]).unwrap(), &NoEpilogue).unwrap();
+        for (y, row) in y.chunks(outputs).zip(together.chunks(107)) {
+            assert_eq!(*y, row[first..first + outputs]);
+        }
+        first += outputs;
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_said_and_no_rows_are_fine() {
+    let w = Int8Matrix::quantize(&[1.0f32; 6], 2, 3).unwrap();
+    let packed = Int8Rhs::new(&[&w]).unwrap();
+    assert!(product::<f32, _>(&mut [0.0; 4], &[0.0; 5], &packed, &NoEpilogue).is_err());
+    product::<f32, _>(&mut [], &[], &packed, &NoEpilogue).unwrap();
+}

@@ -1,0 +1,227 @@
+//! Products of bytes with sums of 32 bits: the one computation of int8, exact and so the same on every path.
+
+use super::{Isa, features, isa};
+
+/// Outputs that stand side by side in a panel of weights.
+pub const PANEL: usize = 32;
+/// Bytes along the depth that stand together: one step of the instructions.
+pub const STEP: usize = 4;
+/// Rows of a tile at most, and numbers of its result.
+pub const TILE_ROWS: usize = 12;
+/// Numbers of the result of a tile.
+pub const TILE: usize = TILE_ROWS * PANEL;
+
+/// Which instructions multiply bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bytes {
+    /// Plain Rust.
+    Portable,
+    /// `vpmaddubsw` of magnitudes and signed weights: no sum of two leaves 16 bits, for both sides are within ±127.
+    Avx2,
+    /// AVX-512 VNNI; weights are kept with 128 added, for one side has no sign.
+    Vnni,
+}
+
+impl Bytes {
+    /// What the path of this process and its CPU have.
+    pub fn best() -> Self {
+        match isa() {
+            Ok(Isa::Avx512) if features().avx512_vnni => Bytes::Vnni,
+            Ok(Isa::Avx512 | Isa::Avx2) => Bytes::Avx2,
+            _ => Bytes::Portable,
+        }
+    }
+
+    /// Every way that this CPU has, whatever path was chosen.
+    pub fn all() -> Vec<Self> {
+        let mut all = vec![Bytes::Portable];
+        if features().best >= Isa::Avx2 {
+            all.push(Bytes::Avx2);
+        }
+        if features().avx512_vnni {
+            all.push(Bytes::Vnni);
+        }
+        all
+    }
+
+    /// What is added to a weight before it is packed.
+    pub fn offset(self) -> u8 {
+        if self == Bytes::Vnni { 128 } else { 0 }
+    }
+
+    /// How many panels a tile of so many rows takes at once: few rows would leave the multipliers waiting.
+    pub fn panels_at_once(self, rows: usize) -> usize {
+        match (self, rows) {
+            (Bytes::Vnni, 0..=2) => 4,
+            (Bytes::Vnni, 3..=6) => 2,
+            _ => 1,
+        }
+    }
+}
+
+/// A product of `rows` ≤ [`TILE_ROWS`] rows of bytes with `panels` panels of weights.
+#[derive(Debug, Clone, Copy)]
+pub struct Operands<'a> {
+    /// Steps along the depth.
+    pub steps: usize,
+    /// The rows, `stride` bytes apart, `steps` · [`STEP`] bytes of each.
+    pub x: &'a [i8],
+    /// From one row to the next.
+    pub stride: usize,
+    /// The sum of every row.
+    pub sums: &'a [i32],
+    /// The panels, one after the other: for each step the bytes of [`PANEL`] outputs.
+    pub w: &'a [u8],
+    /// Panels: 1, or as many as [`Bytes::panels_at_once`] says.
+    pub panels: usize,
+}
+
+/// `out`, (rows, panels · [`PANEL`]) = x Wᵀ, for as many rows as there are sums.
+pub fn tile(bytes: Bytes, out: &mut [i32; TILE], o: Operands<'_>) {
+    let rows = o.sums.len();
+    assert!(
+        (1..=TILE_ROWS).contains(&rows)
+            && [1, bytes.panels_at_once(rows)].contains(&o.panels)
+            && o.x.len() >= (rows - 1) * o.stride + o.steps * STEP
+            && o.w.len() >= o.panels * o.steps * STEP * PANEL,
+        "operands of a tile of bytes"
+    );
+    match bytes {
+        // SAFETY: `best` and `all` name what the CPU has; the lengths were checked.
+        #[cfg(target_arch = "x86_64")]
+        Bytes::Vnni => unsafe { x86::vnni(out, o) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Bytes::Avx2 => unsafe { x86::avx2(out, o) },
+        _ => portable(out, o),
+    }
+}
+
+fn portable(out: &mut [i32; TILE], o: Operands<'_>) {
+    let width = o.panels * PANEL;
+    for (r, out) in out.chunks_mut(width).take(o.sums.len()).enumerate() {
+        for (p, out) in out.chunks_mut(PANEL).enumerate() {
+            out.fill(0);
+            let panel = &o.w[p * o.steps * STEP * PANEL..][..o.steps * STEP * PANEL];
+            for (x, w) in o.x[r * o.stride..].chunks_exact(STEP).zip(panel.chunks_exact(STEP * PANEL)) {
+                for (out, w) in out.iter_mut().zip(w.chunks_exact(STEP)) {
+                    *out += x.iter().zip(w).map(|(&x, &w)| i32::from(x) * i32::from(w as i8)).sum::<i32>();
+                }
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{Operands, PANEL, STEP, TILE};
+    use std::arch::x86_64::*;
+
+    macro_rules! choose {
+        ($rows:expr; $($r:literal)*; $body:ident) => {
+            match $rows {
+                $($r => $body!($r),)*
+                _ => unreachable!("a tile has at most TILE_ROWS rows"),
+            }
+        };
+    }
+
+    /// # Safety
+    /// The CPU has AVX-512 VNNI, and the operands are as long as `tile` asks.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")]
+    pub unsafe fn vnni(out: &mut [i32; TILE], o: Operands<'_>) {
+        macro_rules! run {
+            ($r:literal) => {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    match o.panels {
+                        1 => vnni_tile::<$r, 2>(out, o),
+                        2 => vnni_tile::<{ if $r <= 6 { $r } else { 1 } }, 4>(out, o),
+                        _ => vnni_tile::<{ if $r <= 2 { $r } else { 1 } }, 8>(out, o),
+                    }
+                }
+            };
+        }
+        choose!(o.sums.len(); 1 2 3 4 5 6 7 8 9 10 11 12; run)
+    }
+
+    /// R rows, V vectors of 16 outputs, in registers throughout.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")]
+    #[inline]
+    unsafe fn vnni_tile<const R: usize, const V: usize>(out: &mut [i32; TILE], o: Operands<'_>) {
+        // (w + 128) x summed up is w x summed up and 128 times the sum of x.
+        let mut acc: [[__m512i; V]; R] = std::array::from_fn(|r| [_mm512_set1_epi32(-128 * o.sums[r]); V]);
+        let panel = o.steps * STEP * PANEL;
+        for k in 0..o.steps {
+            // SAFETY: `tile` checked the lengths of x and w; V vectors are V / 2 panels.
+            unsafe {
+                let w: [__m512i; V] = std::array::from_fn(|v| {
+                    _mm512_loadu_si512(o.w.as_ptr().add(v / 2 * panel + k * STEP * PANEL + v % 2 * 64).cast())
+                });
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let x = o.x.as_ptr().add(r * o.stride + k * STEP).cast::<i32>().read_unaligned();
+                    let x = _mm512_set1_epi32(x);
+                    for (acc, &w) in acc.iter_mut().zip(&w) {
+                        *acc = _mm512_dpbusd_epi32(*acc, w, x);
+                    }
+                }
+            }
+        }
+        for (r, acc) in acc.iter().enumerate() {
+            for (v, &acc) in acc.iter().enumerate() {
+                let to = &mut out[(r * V + v) * 16..][..16];
+                // SAFETY: sixteen numbers.
+                unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), acc) };
+            }
+        }
+    }
+
+    /// # Safety
+    /// The CPU has AVX2, and the operands are as long as `tile` asks.
+    #[target_feature(enable = "avx2,fma")]
+    pub unsafe fn avx2(out: &mut [i32; TILE], o: Operands<'_>) {
+        let rows = o.sums.len();
+        for first in (0..rows).step_by(2) {
+            let (to, x) = (&mut out[first * PANEL..], &o.x[first * o.stride..]);
+            // SAFETY: the caller's promise.
+            unsafe {
+                if rows - first > 1 {
+                    avx2_tile::<2>(to, x, &o);
+                } else {
+                    avx2_tile::<1>(to, x, &o);
+                }
+            }
+        }
+    }
+
+    /// R rows, one panel.
+    #[target_feature(enable = "avx2,fma")]
+    #[inline]
+    unsafe fn avx2_tile<const R: usize>(out: &mut [i32], x: &[i8], o: &Operands<'_>) {
+        let mut acc = [[_mm256_setzero_si256(); R]; 4]; // a vector of eight outputs for each row
+        let ones = _mm256_set1_epi16(1);
+        for k in 0..o.steps {
+            // SAFETY: `tile` checked the lengths of x and w.
+            unsafe {
+                let x: [__m256i; R] = std::array::from_fn(|r| {
+                    _mm256_set1_epi32(x.as_ptr().add(r * o.stride + k * STEP).cast::<i32>().read_unaligned())
+                });
+                for (v, acc) in acc.iter_mut().enumerate() {
+                    let w = _mm256_loadu_si256(o.w.as_ptr().add(k * STEP * PANEL + v * 32).cast());
+                    for (acc, &x) in acc.iter_mut().zip(&x) {
+                        // x w = |x| (w with the sign of x); two products have at most 2 · 127² < 2¹⁵.
+                        let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
+                        *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(pairs, ones));
+                    }
+                }
+            }
+        }
+        for (v, acc) in acc.iter().enumerate() {
+            for (r, &acc) in acc.iter().enumerate() {
+                let to = &mut out[r * PANEL + v * 8..][..8];
+                // SAFETY: eight numbers.
+                unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), acc) };
+            }
+        }
+    }
+}
