@@ -1,6 +1,7 @@
 """What users pass, brought into the form the compiled part takes: C order, aligned, native f32, f64, int64 or bool."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -45,6 +46,26 @@ def as_float(op: str, name: str, value: ArrayLike, dtype: Any = np.float32) -> F
     array = as_array(op, name, value)
     _float_type(op, name, array)
     return np.require(array, dtype, ["C", "A"])
+
+
+def as_weights(op: str, arrays: Any, precision: str) -> dict[str, NDArray[Any]]:
+    """Floats by name as f32; with the precision "int8" also arrays of int8, as they are."""
+    if not isinstance(arrays, Mapping):
+        raise DTypeError(f"{op}: argument `arrays`: expected arrays by name, got {type(arrays).__name__}")
+
+    def one(name: str, value: ArrayLike) -> NDArray[Any]:
+        if precision == "int8" and getattr(value, "dtype", None) == np.int8:
+            return np.require(value, np.int8, ["C", "A"])
+        return as_float(op, f"arrays[{name!r}]", value)
+
+    return {str(name): one(name, value) for name, value in arrays.items()}
+
+
+def as_precision(op: str, value: Any) -> str:
+    """The one precision that there is to quantise to."""
+    if value != "int8":
+        raise ConfigError(f'{op}: argument `precision`: expected "int8", got {value!r}')
+    return str(value)
 
 
 def as_floats(

@@ -101,7 +101,7 @@ class Bert(EncoderModel):
             values["normalize"] = normalize
         config = EncoderConfig(**values)
         arrays = _core.read_safetensors(os.path.join(folder, "model.safetensors"), list(IGNORED))
-        model = cls._of(_core.Layer.encoder(config.to_json(), None))
+        model = cls._of(_core.Layer.blank_encoder(config.to_json(), "f32"))
         model._folder = folder
         model.load_state_dict(_ours(op, folder, arrays))
         return model
@@ -203,16 +203,26 @@ class Bert(EncoderModel):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the config, the weights, and where the tokenizer is."""
-        return _revive, (type(self), self._config, self.seed, self._folder, self.state_dict())
+        return _revive, (type(self), self._config, self.seed, self._folder, self.state_dict(), self.precision)
+
+    def _like(self: B, core: _core.Layer) -> B:
+        model = super()._like(core)
+        model._folder = self._folder
+        return model
 
 
 _embed_ids = EncoderModel.embed.__wrapped__  # type: ignore[attr-defined]
 
 
 def _revive(
-    cls: type[B], config: EncoderConfig, seed: int | None, folder: str | None, state: dict[str, FloatArray]
+    cls: type[B],
+    config: EncoderConfig,
+    seed: int | None,
+    folder: str | None,
+    state: dict[str, Any],
+    precision: str = "f32",
 ) -> B:
-    model = cls._of(_core.Layer.encoder(config.to_json(), None), seed)
+    model = cls._of(_core.Layer.blank_encoder(config.to_json(), precision), seed)
     model.load_state_dict(state)
     model._folder = folder
     return model

@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import _core
 from .._arrays import (
@@ -15,6 +16,7 @@ from .._arrays import (
     as_mask,
     as_rows,
     as_seed,
+    as_weights,
     is_list,
 )
 from .._vjp import Forward, Recorded
@@ -64,7 +66,7 @@ class Layer:
         """Number of trainable numbers."""
         return sum(int(np.prod(shape)) for shape in self._shapes.values())
 
-    def state_dict(self) -> dict[str, FloatArray]:
+    def state_dict(self) -> dict[str, NDArray[Any]]:
         """Copy the parameters, and BatchNorm's running statistics, by name.
 
         >>> import transformer_rs as tr
@@ -82,6 +84,7 @@ class Layer:
         Raises:
             CheckpointError: Lists every name that is missing or unexpected and every shape that does not fit.
             DTypeError: An array holds no floats.
+            UnsupportedError: f32 weights for a model in int8; load them into the f32 model and quantise that.
 
         >>> import numpy as np
         >>> import transformer_rs as tr
@@ -91,9 +94,7 @@ class Layer:
         array([11.5], dtype=float32)
         """
         op = f"{type(self).__name__}.load_state_dict"
-        if not isinstance(arrays, Mapping):
-            raise DTypeError(f"{op}: argument `arrays`: expected arrays by name, got {type(arrays).__name__}")
-        self._core.load_state_dict({str(n): as_float(op, f"arrays[{n!r}]", a) for n, a in arrays.items()})
+        self._core.load_state_dict(as_weights(op, arrays, self._core.precision()))
 
     def __repr__(self) -> str:
         """Show the settings."""
@@ -204,7 +205,7 @@ class Layer:
         return self._sequences(rows, batch, key, other, causal, keep, memory_keep)
 
 
-def _rebuild(cls: Callable[..., Layer], options: dict[str, Any], seed: int, state: dict[str, FloatArray]) -> Layer:
+def _rebuild(cls: Callable[..., Layer], options: dict[str, Any], seed: int, state: dict[str, Any]) -> Layer:
     layer = cls(**options, seed=seed)
     layer.load_state_dict(state)
     return layer

@@ -1,14 +1,16 @@
 //! Arrays in and out. The Python shim (`_arrays.py`) brings every input into C order, aligned, in native f32, f64,
 //! int64 or bool; here they are copied into the engine's own buffers while the interpreter is held.
 
-use crate::errors::{DTypeError, TokenOutOfRangeError, raise};
+use crate::errors::{ConfigError, DTypeError, TokenOutOfRangeError, raise};
 use crate::pools::{self, Home};
 use numpy::{Element, IntoPyArray, PyArray1, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use transformer_core::bail;
+use transformer_core::checkpoint::{self, Alias, NamedArray, NamedBytes};
 use transformer_core::error::Result;
 use transformer_core::simd::Float;
+use transformer_core::tape::Params;
 
 /// f32 or f64, on both sides of the border.
 pub trait Real: Float + Element {
@@ -139,6 +141,73 @@ pub fn to_array<'py, T: Real>(py: Python<'py>, values: Vec<T>, shape: &[usize]) 
 
 /// A name, a shape and values.
 pub type Owned<T> = (String, Vec<usize>, Vec<T>);
+
+/// Copies of all parameters and statistics of a model: floats, and weights in int8.
+pub struct State {
+    floats: Vec<Owned<f32>>,
+    int8: Vec<Owned<i8>>,
+}
+
+impl State {
+    /// Copies them.
+    pub fn of(params: &Params<f32>) -> Result<Self> {
+        let floats = |(name, shape, values): NamedArray<'_>| Ok((name.to_owned(), shape.to_vec(), copy(values)?));
+        let int8 = |(name, shape, values): NamedBytes<'_>| (name.to_owned(), shape.to_vec(), values.to_vec());
+        Ok(State {
+            floats: checkpoint::state_dict(params).into_iter().map(floats).collect::<Result<_>>()?,
+            int8: checkpoint::int8_dict(params).into_iter().map(int8).collect(),
+        })
+    }
+
+    /// Reads them from Python.
+    pub fn read(arrays: &Bound<'_, PyDict>) -> PyResult<Self> {
+        let mut state = State { floats: Vec::new(), int8: Vec::new() };
+        for (name, array) in arrays.iter() {
+            let name = name.extract::<String>()?;
+            if let Ok(array) = array.cast::<PyArrayDyn<i8>>() {
+                let values = with_slice(array, |values| Ok(values.to_vec()))?;
+                state.int8.push((name, array.shape().to_vec(), values));
+            } else {
+                let array: Floats<'_> = array.extract()?;
+                state.floats.push((name, array.shape().to_vec(), array.to_vec()?));
+            }
+        }
+        Ok(state)
+    }
+
+    /// By name, for Python.
+    pub fn give(self, py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+        let dict = named_arrays(py, self.floats)?;
+        for (name, shape, values) in self.int8 {
+            dict.set_item(name, values.into_pyarray(py).reshape(shape)?)?;
+        }
+        Ok(dict)
+    }
+
+    /// Overwrites all parameters and statistics, or none of them.
+    pub fn load_into(&self, params: &mut Params<f32>, aliases: &[Alias<'_>]) -> Result<()> {
+        fn named<T>((name, shape, values): &Owned<T>) -> (&str, &[usize], &[T]) {
+            (name, shape, values)
+        }
+        let (floats, int8): (Vec<_>, Vec<_>) =
+            (self.floats.iter().map(named).collect(), self.int8.iter().map(named).collect());
+        checkpoint::load_state_int8(params, &floats, &int8, aliases)
+    }
+}
+
+/// Whether a precision is int8; f32 is the other one.
+pub fn is_int8(precision: &str) -> PyResult<bool> {
+    match precision {
+        "f32" => Ok(false),
+        "int8" => Ok(true),
+        other => Err(ConfigError::new_err(format!("expected \"f32\" or \"int8\", got {other:?}"))),
+    }
+}
+
+/// The name of what the weights are kept in.
+pub fn precision_of(params: &Params<f32>) -> &'static str {
+    if params.is_int8() { "int8" } else { "f32" }
+}
 
 /// Arrays by name, for Python.
 pub fn named_arrays<T: Real>(py: Python<'_>, arrays: Vec<Owned<T>>) -> PyResult<Bound<'_, PyDict>> {

@@ -1,6 +1,6 @@
 //! Layers with weights of their own.
 
-use crate::arrays::{Floats, Owned, copy, named_arrays, read_named, token_ids};
+use crate::arrays::{Floats, State, is_int8, named_arrays, precision_of, token_ids};
 use crate::call::{Answer, Call, Mode, Weights};
 use crate::door;
 use crate::errors::{ConfigError, ShapeError, raise};
@@ -12,7 +12,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
-use transformer_core::checkpoint::{self, Checkpoint, NamedArray};
+use transformer_core::checkpoint::{self, Checkpoint};
 use transformer_core::error::{Error, Result};
 use transformer_core::models::{Encoder, EncoderConfig, Pooled};
 use transformer_core::nn::{
@@ -185,35 +185,56 @@ impl Layer {
 
     /// Copies of all parameters and statistics.
     fn state_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let arrays = door::run(py, || {
+        let state = door::run(py, || {
             let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
-            let own = |(name, shape, values): NamedArray<'_>| Ok((name.to_owned(), shape.to_vec(), copy(values)?));
-            checkpoint::state_dict(&weights.params).into_iter().map(own).collect::<Result<Vec<Owned<f32>>>>()
+            State::of(&weights.params)
         })?;
-        named_arrays(py, arrays)
+        state.give(py)
     }
 
     /// Takes all parameters and statistics over, or none of them.
     fn load_state_dict(&self, py: Python<'_>, arrays: &Bound<'_, PyDict>) -> PyResult<()> {
-        let given = read_named(arrays)?;
+        let state = State::read(arrays)?;
         door::run(py, || {
-            let arrays: Vec<NamedArray<'_>> =
-                given.iter().map(|(name, shape, values)| (name.as_str(), &shape[..], &values[..])).collect();
             let mut weights = self.weights.write().unwrap_or_else(PoisonError::into_inner);
-            checkpoint::load_state(&mut weights.params, &arrays, &[])
+            state.load_into(&mut weights.params, &[])
         })
     }
 
-    /// The encoder of a config; without a seed its weights are zeros, for values that come from elsewhere.
+    /// The encoder of a config, with fresh weights.
     #[staticmethod]
-    fn encoder(py: Python<'_>, config: &str, seed: Option<u64>) -> PyResult<Self> {
+    fn encoder(py: Python<'_>, config: &str, seed: u64) -> PyResult<Self> {
         let encoder = Encoder::new(EncoderConfig::from_json(config).map_err(raise)?).map_err(raise)?;
         let layout = encoder.layout().clone();
-        let params = door::run(py, || match seed {
-            Some(seed) => Params::init(layout, seed),
-            None => Params::zeros(layout),
+        let params = door::run(py, || Params::init(layout, seed))?;
+        Ok(Self::of_encoder(encoder, params))
+    }
+
+    /// An encoder whose weights are zero, kept in a precision, for values that come from elsewhere.
+    #[staticmethod]
+    fn blank_encoder(py: Python<'_>, config: &str, precision: &str) -> PyResult<Self> {
+        let encoder = Encoder::new(EncoderConfig::from_json(config).map_err(raise)?).map_err(raise)?;
+        let layout = if is_int8(precision)? { encoder.int8_layout() } else { encoder.layout().clone() };
+        let params = door::run(py, || Params::zeros(layout))?;
+        Ok(Self::of_encoder(encoder, params))
+    }
+
+    /// The same encoder with the weights of its linear maps in int8.
+    fn quantize_encoder(&self, py: Python<'_>) -> PyResult<Self> {
+        let encoder = self.as_encoder()?.clone();
+        let params = door::run(py, || {
+            let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
+            weights.params.quantize(encoder.int8_layout())
         })?;
         Ok(Self::of_encoder(encoder, params))
+    }
+
+    /// What the weights of linear maps are kept in.
+    fn precision(&self, py: Python<'_>) -> PyResult<&'static str> {
+        door::run(py, || {
+            let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
+            Ok(precision_of(&weights.params))
+        })
     }
 
     /// The encoder of a folder.
@@ -228,7 +249,8 @@ impl Layer {
             let config = EncoderConfig::from_json(checkpoint.config_json())
                 .map_err(|error| Error::Checkpoint(format!("{place}: {error}")))?;
             let encoder = Encoder::new(config)?;
-            let mut params = Params::zeros(encoder.layout().clone())?;
+            let layout = if checkpoint.is_int8() { encoder.int8_layout() } else { encoder.layout().clone() };
+            let mut params = Params::zeros(layout)?;
             checkpoint.load_into(&mut params, &[])?;
             Ok((encoder, params))
         })?;

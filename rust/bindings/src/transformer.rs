@@ -1,6 +1,6 @@
 //! The Transformer: weights that calls read together and training writes alone.
 
-use crate::arrays::{copy, named_arrays, read_named, to_array, token_ids, with_slice};
+use crate::arrays::{State, copy, is_int8, precision_of, to_array, token_ids, with_slice};
 use crate::door;
 use crate::errors::{ShapeError, raise};
 use crate::generate;
@@ -11,7 +11,7 @@ use pyo3::types::PyDict;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, TryLockError};
 use std::time::Duration;
-use transformer_core::checkpoint::{self, Checkpoint, NamedArray};
+use transformer_core::checkpoint::{self, Checkpoint};
 use transformer_core::error::{Error, Result};
 use transformer_core::models::{self, Batch, TransformerConfig};
 use transformer_core::rows::Rows;
@@ -51,6 +51,13 @@ impl Model {
     fn new(layers: models::Transformer, params: Params<f32>) -> Arc<Self> {
         let (queue, training) = Default::default();
         Arc::new(Model { layers, params: RwLock::new(params), queue, training, home: Home::of_layer() })
+    }
+
+    /// Weights of zero, for values that come from elsewhere.
+    fn blank(config: TransformerConfig, int8: bool) -> Result<Arc<Self>> {
+        let layers = models::Transformer::new(config)?;
+        let params = Params::zeros(if int8 { layers.int8_layout() } else { layers.layout().clone() })?;
+        Ok(Model::new(layers, params))
     }
 
     /// Reads the weights, beside any number of others.
@@ -109,9 +116,7 @@ impl Model {
         }
         let config = TransformerConfig::from_json(checkpoint.config_json())
             .map_err(|error| Error::Checkpoint(format!("{place}: {error}")))?;
-        let layers = models::Transformer::new(config)?;
-        let params = Params::zeros(layers.layout().clone())?;
-        let model = Model::new(layers, params);
+        let model = Model::blank(config, checkpoint.is_int8())?;
         model.write(|params| checkpoint.load_into(params, model.layers.aliases()))?;
         Ok((model, checkpoint))
     }
@@ -174,6 +179,25 @@ impl Transformer {
         Ok(Transformer { model })
     }
 
+    /// A model whose weights are zero, kept in a precision, for values that come from elsewhere.
+    #[staticmethod]
+    fn blank(py: Python<'_>, config: &str, precision: &str) -> PyResult<Self> {
+        let (config, int8) = (TransformerConfig::from_json(config).map_err(raise)?, is_int8(precision)?);
+        Ok(Transformer { model: door::run(py, || Model::blank(config, int8))? })
+    }
+
+    /// The same model with the weights of its linear maps in int8.
+    fn quantize(&self, py: Python<'_>) -> PyResult<Self> {
+        let layers = self.model.layers.clone();
+        let params = door::run(py, || self.model.read(|params| params.quantize(layers.int8_layout())))?;
+        Ok(Transformer { model: Model::new(layers, params) })
+    }
+
+    /// What the weights of linear maps are kept in.
+    fn precision(&self, py: Python<'_>) -> PyResult<&'static str> {
+        door::run(py, || self.model.read(|params| Ok(precision_of(params))))
+    }
+
     #[staticmethod]
     fn load(py: Python<'_>, folder: PathBuf) -> PyResult<Self> {
         let (model, _) = door::run(py, || Model::open(&folder))?;
@@ -203,22 +227,14 @@ impl Transformer {
     }
 
     fn state_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let arrays = door::run(py, || {
-            self.model.read(|params| {
-                let copy = |(name, shape, values): NamedArray| (name.to_owned(), shape.to_vec(), values.to_vec());
-                Ok(checkpoint::state_dict(params).into_iter().map(copy).collect::<Vec<_>>())
-            })
-        })?;
-        named_arrays(py, arrays)
+        door::run(py, || self.model.read(State::of))?.give(py)
     }
 
     fn load_state_dict(&self, py: Python<'_>, arrays: &Bound<'_, PyDict>) -> PyResult<()> {
-        let given = read_named::<f32>(arrays)?;
+        let state = State::read(arrays)?;
         door::run(py, || {
             let _alone = self.model.alone()?;
-            let arrays: Vec<NamedArray> =
-                given.iter().map(|(name, shape, values)| (name.as_str(), &shape[..], &values[..])).collect();
-            self.model.write(|params| checkpoint::load_state(params, &arrays, self.model.layers.aliases()))
+            self.model.write(|params| state.load_into(params, self.model.layers.aliases()))
         })
     }
 

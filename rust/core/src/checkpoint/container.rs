@@ -1,7 +1,7 @@
 //! The safetensors container: a JSON header that tells name, type, shape and place of each tensor, then the numbers.
 
 use super::files::storage;
-use super::names::NamedArray;
+use super::names::{NamedArray, NamedBytes};
 use crate::bail;
 use crate::error::{Error, Result};
 use half::{bf16, f16};
@@ -21,11 +21,12 @@ const MAX_DIMS: usize = 8;
 /// Numbers are read and written in pieces of this many bytes.
 const PIECE: usize = 1 << 16;
 
-/// Writes f32 tensors in the order given.
+/// Writes tensors of f32, then those of int8, in the order given.
 pub(crate) fn write(
     out: &mut dyn Write,
     metadata: &BTreeMap<&str, String>,
     tensors: &[NamedArray<'_>],
+    int8: &[NamedBytes<'_>],
 ) -> std::io::Result<()> {
     let mut header = Vec::new();
     let mut json = serde_json::Serializer::new(&mut header);
@@ -40,6 +41,11 @@ pub(crate) fn write(
         )?;
         start = end;
     }
+    for (name, shape, values) in int8 {
+        let end = start + values.len();
+        map.serialize_entry(name, &TensorInfo { dtype: Dtype::I8, shape: shape.to_vec(), data_offsets: (start, end) })?;
+        start = end;
+    }
     map.end()?;
     header.resize(header.len().next_multiple_of(8), b' ');
 
@@ -49,6 +55,11 @@ pub(crate) fn write(
     for piece in tensors.iter().flat_map(|(.., values)| values.chunks(PIECE / 4)) {
         bytes.clear();
         bytes.extend(piece.iter().flat_map(|x| x.to_le_bytes()));
+        out.write_all(&bytes)?;
+    }
+    for piece in int8.iter().flat_map(|(.., values)| values.chunks(PIECE)) {
+        bytes.clear();
+        bytes.extend(piece.iter().map(|x| x.cast_unsigned()));
         out.write_all(&bytes)?;
     }
     Ok(())
@@ -113,6 +124,29 @@ impl Container {
 
     /// Reads tensor number `i` as f32.
     pub(crate) fn read(&mut self, i: usize) -> Result<Vec<f32>> {
+        let dtype = self.tensors[i].1.dtype;
+        self.read_by(i, |values, piece| {
+            match dtype {
+                Dtype::F32 => extend(values, piece, f32::from_le_bytes),
+                Dtype::F16 => extend(values, piece, |b| f16::from_le_bytes(b).to_f32()),
+                Dtype::BF16 => extend(values, piece, |b| bf16::from_le_bytes(b).to_f32()),
+                Dtype::F64 => extend(values, piece, |b| f64::from_le_bytes(b) as f32),
+                other => bail!(Internal, "a tensor of type {other} was read as floats"),
+            }
+            Ok(())
+        })
+    }
+
+    /// Reads tensor number `i`, which is one of int8.
+    pub(crate) fn read_int8(&mut self, i: usize) -> Result<Vec<i8>> {
+        self.read_by(i, |values, piece| {
+            values.extend(piece.iter().map(|x| x.cast_signed()));
+            Ok(())
+        })
+    }
+
+    /// Reads the bytes of tensor number `i` in pieces.
+    fn read_by<V>(&mut self, i: usize, mut add: impl FnMut(&mut Vec<V>, &[u8]) -> Result<()>) -> Result<Vec<V>> {
         let info = &self.tensors[i].1;
         let io = |error: std::io::Error| match error.kind() {
             std::io::ErrorKind::UnexpectedEof => {
@@ -133,13 +167,7 @@ impl Container {
             let piece = &mut bytes[..PIECE.min(left)];
             self.file.read_exact(piece).map_err(io)?;
             left -= piece.len();
-            match info.dtype {
-                Dtype::F32 => extend(&mut values, piece, f32::from_le_bytes),
-                Dtype::F16 => extend(&mut values, piece, |b| f16::from_le_bytes(b).to_f32()),
-                Dtype::BF16 => extend(&mut values, piece, |b| bf16::from_le_bytes(b).to_f32()),
-                Dtype::F64 => extend(&mut values, piece, |b| f64::from_le_bytes(b) as f32),
-                other => bail!(Checkpoint, "{}: a tensor of type {other} was read", self.path.display()),
-            }
+            add(&mut values, piece)?;
         }
         Ok(values)
     }

@@ -9,14 +9,15 @@ mod files;
 mod names;
 
 pub(crate) use container::{Container, parse_object};
-pub use names::{Alias, NamedArray, load_state, state_dict};
+pub use names::{Alias, NamedArray, NamedBytes, int8_dict, load_state, load_state_int8, state_dict};
 pub(crate) use names::{Offer, match_names};
 
 use crate::error::{Error, Result};
 use crate::tape::Params;
 use crate::{bail, ensure};
 use files::{Staged, prepare, storage, sync_folder};
-use names::{equal, match_places, set, unequal};
+use names::{check_int8, equal, is_int8, match_places, set, set_int8, unequal};
+use safetensors::Dtype;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
@@ -29,6 +30,8 @@ pub const FORMAT_VERSION: u64 = 1;
 const MODEL: &str = "model.safetensors";
 const CONFIG: &str = "config.json";
 const TRAINER: &str = "trainer";
+/// Key of the config, and its one value.
+const QUANTIZATION: (&str, &str) = ("quantization", "int8");
 /// A config above this is refused before it is read.
 const MAX_CONFIG: u64 = 1 << 20;
 
@@ -39,8 +42,8 @@ pub(crate) struct TrainerState<'a> {
     pub arrays: Vec<NamedArray<'a>>,
 }
 
-/// Writes a model into a folder, which is made if need be: `config_json`, an object, with `format_version` and
-/// `model_type` added, and every parameter and statistic. Other files stay as they are; after an error all do.
+/// Writes a model into a folder, which is made if need be: `config_json`, an object, with `format_version`, `model_type`
+/// and, where weights are in int8, `quantization` added, and every parameter and statistic. Other files stay as they are; after an error all do.
 pub fn save_model(folder: &Path, config_json: &str, model_type: &str, params: &Params<f32>) -> Result<()> {
     save(folder, config_json, model_type, params, None)
 }
@@ -55,6 +58,9 @@ pub(crate) fn save(
     let mut config = container::parse_object("config", config_json.as_bytes())?;
     config.insert("format_version".into(), FORMAT_VERSION.into());
     config.insert("model_type".into(), model_type.into());
+    if params.is_int8() {
+        config.insert(QUANTIZATION.0.into(), QUANTIZATION.1.into());
+    }
     let config = Value::Object(config);
     let mut metadata = BTreeMap::from([("format", "pt".to_string()), ("config", config.to_string())]);
 
@@ -65,12 +71,13 @@ pub(crate) fn save(
         Some(state) => {
             let name = free_name(folder, state.step);
             let about = BTreeMap::from([("format", "pt".to_string()), ("trainer", state.json.clone())]);
-            let staged = Staged::write(folder, &name, |out| container::write(out, &about, &state.arrays))?;
+            let staged = Staged::write(folder, &name, |out| container::write(out, &about, &state.arrays, &[]))?;
             metadata.insert("trainer", name);
             Some(staged)
         }
     };
-    let model = Staged::write(folder, MODEL, |out| container::write(out, &metadata, &state_dict(params)))?;
+    let (floats, int8) = (state_dict(params), int8_dict(params));
+    let model = Staged::write(folder, MODEL, |out| container::write(out, &metadata, &floats, &int8))?;
     let config = Staged::write(folder, CONFIG, |out| writeln!(out, "{config:#}"))?;
 
     if let Some(state) = state {
@@ -119,6 +126,7 @@ pub struct Checkpoint {
     container: Container,
     config_json: String,
     model_type: String,
+    int8: bool,
 }
 
 impl Checkpoint {
@@ -143,8 +151,13 @@ impl Checkpoint {
         let Some(Value::String(model_type)) = config.remove("model_type") else {
             bail!(Checkpoint, "{place}: `model_type`: expected a text; the folder was not written by `save`")
         };
+        let int8 = match config.remove(QUANTIZATION.0) {
+            None => false,
+            Some(value) if value == QUANTIZATION.1 => true,
+            Some(value) => bail!(Checkpoint, "{place}: `quantization`: expected \"int8\" or nothing, got {value}"),
+        };
         let config_json = Value::Object(config).to_string();
-        Ok(Checkpoint { folder: folder.to_owned(), container, config_json, model_type })
+        Ok(Checkpoint { folder: folder.to_owned(), container, config_json, model_type, int8 })
     }
 
     /// The config as it was given to [`save_model`].
@@ -157,6 +170,11 @@ impl Checkpoint {
         &self.model_type
     }
 
+    /// Whether weights of linear maps are in int8: then the numbers belong into parameters of such a layout.
+    pub fn is_int8(&self) -> bool {
+        self.int8
+    }
+
     /// Reads every parameter and statistic, strictly as [`load_state`] does. After an error while reading, some are
     /// overwritten.
     pub fn load_into(&mut self, params: &mut Params<f32>, aliases: &[Alias<'_>]) -> Result<()> {
@@ -164,9 +182,20 @@ impl Checkpoint {
         let offers = self.container.tensors.iter().map(|(name, info)| Offer {
             name,
             shape: &info.shape,
-            problem: Container::unreadable(info),
+            problem: match is_int8(params, name) {
+                true => (info.dtype != Dtype::I8).then(|| format!("expected I8, got {}", info.dtype)),
+                false => Container::unreadable(info),
+            },
         });
         for (place, first, others) in match_places(&what, params, offers, aliases)? {
+            let (name, info) = &self.container.tensors[first];
+            if info.dtype == Dtype::I8 {
+                let name = name.clone();
+                let values = self.container.read_int8(first)?;
+                check_int8(&what, &name, &values)?;
+                set_int8(params, place, &values)?;
+                continue;
+            }
             let values = self.container.read(first)?;
             for other in others {
                 if !equal(&values, &self.container.read(other)?) {

@@ -12,35 +12,96 @@ pub type NamedArray<'a> = (&'a str, &'a [usize], &'a [f32]);
 /// Another name of a tied matrix, and its canonical one.
 pub type Alias<'a> = (&'a str, &'a str);
 
+/// A named array of int8 in row-major order.
+pub type NamedBytes<'a> = (&'a str, &'a [usize], &'a [i8]);
+
 /// Where an array belongs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Place {
     Param(ParamId),
     Stat(StatId),
+    /// A weight in int8.
+    Int8(ParamId),
+    /// The scales of a weight in int8.
+    Scale(ParamId),
 }
 
-/// Every parameter and every statistic by its name, in the order of declaration.
+/// Every parameter and every statistic by its name, in the order of declaration. Weights in int8 are left out, their
+/// scales are not.
 pub fn state_dict(params: &Params<f32>) -> Vec<NamedArray<'_>> {
-    places(params).into_iter().map(|(name, shape, place)| (name, shape, values(params, place))).collect()
+    let floats = |(name, shape, place)| Some((name, shape, values(params, place)?));
+    places(params).into_iter().filter_map(floats).collect()
+}
+
+/// Every weight in int8 by its name, in the order of declaration.
+pub fn int8_dict(params: &Params<f32>) -> Vec<NamedBytes<'_>> {
+    let layout = params.layout();
+    let bytes = |id| {
+        let entry = layout.entry(id);
+        params.int8(id).map(|w| (entry.name.as_str(), entry.shape.as_slice(), w.values.as_slice()))
+    };
+    layout.ids().filter_map(bytes).collect()
 }
 
 /// Overwrites every parameter and statistic. All of them must be there, in their shapes, and nothing else; aliases may
 /// stand for the canonical name or beside it, then with equal values. All or nothing: after an error nothing changed.
 pub fn load_state(params: &mut Params<f32>, arrays: &[NamedArray<'_>], aliases: &[Alias<'_>]) -> Result<()> {
+    load_state_int8(params, arrays, &[], aliases)
+}
+
+/// [`load_state`] for what [`state_dict`] and [`int8_dict`] give.
+pub fn load_state_int8(
+    params: &mut Params<f32>,
+    arrays: &[NamedArray<'_>],
+    int8: &[NamedBytes<'_>],
+    aliases: &[Alias<'_>],
+) -> Result<()> {
     for (name, shape, values) in arrays {
         if shape.iter().product::<usize>() != values.len() {
             bail!(Checkpoint, "state: `{name}`: shape {shape:?} with {} values", values.len());
         }
+        if is_int8(params, name) {
+            bail!(
+                Unsupported,
+                "state: `{name}` is kept in int8 here and floats came; load them into the f32 model and quantize that"
+            );
+        }
     }
-    let offers = arrays.iter().map(|(name, shape, _)| Offer { name, shape, problem: None });
-    let plan = match_places("state", params, offers, aliases)?;
+    for (name, shape, values) in int8 {
+        if shape.iter().product::<usize>() != values.len() {
+            bail!(Checkpoint, "state: `{name}`: shape {shape:?} with {} values", values.len());
+        }
+        check_int8("state", name, values)?;
+    }
+    let floats = arrays.iter().map(|(name, shape, _)| Offer { name, shape, problem: None });
+    let bytes = int8.iter().map(|(name, shape, _)| {
+        let problem = (!is_int8(params, name)).then(|| "expected floats, got int8".to_string());
+        Offer { name, shape, problem }
+    });
+    let plan = match_places("state", params, floats.chain(bytes), aliases)?;
     for (_, first, others) in &plan {
         if let Some(&other) = others.iter().find(|&&other| !equal(arrays[*first].2, arrays[other].2)) {
             return Err(unequal("state", arrays[*first].0, arrays[other].0));
         }
     }
     for (place, first, _) in plan {
-        set(params, place, arrays[first].2)?;
+        match first.checked_sub(arrays.len()) {
+            None => set(params, place, arrays[first].2)?,
+            Some(first) => set_int8(params, place, int8[first].2)?,
+        }
+    }
+    Ok(())
+}
+
+/// Whether a name is that of a weight in int8.
+pub(crate) fn is_int8(params: &Params<f32>, name: &str) -> bool {
+    params.layout().find(name).is_some_and(|id| params.int8(id).is_some())
+}
+
+/// Refuses a number that quantising never gives: products with it are not exact on every path.
+pub(crate) fn check_int8(what: &str, name: &str, values: &[i8]) -> Result<()> {
+    if values.contains(&i8::MIN) {
+        bail!(Checkpoint, "{what}: `{name}`: expected numbers from -127 to 127, got -128");
     }
     Ok(())
 }
@@ -73,21 +134,54 @@ pub(crate) fn set(params: &mut Params<f32>, place: Place, values: &[f32]) -> Res
     match place {
         Place::Param(id) => params.set(id, values),
         Place::Stat(id) => params.set_stat(id, values),
+        Place::Scale(id) => {
+            if let Some(w) = params.int8_mut(id) {
+                w.scales.copy_from_slice(values);
+            }
+            Ok(())
+        }
+        Place::Int8(_) => bail!(Internal, "floats for a weight in int8"),
     }
 }
 
-fn values(params: &Params<f32>, place: Place) -> &[f32] {
+pub(crate) fn set_int8(params: &mut Params<f32>, place: Place, values: &[i8]) -> Result<()> {
     match place {
-        Place::Param(id) => params.get(id),
-        Place::Stat(id) => params.stat(id),
+        Place::Int8(id) => {
+            if let Some(w) = params.int8_mut(id) {
+                w.values.copy_from_slice(values);
+            }
+            Ok(())
+        }
+        _ => bail!(Internal, "int8 for an array of floats"),
+    }
+}
+
+/// The floats of a place.
+fn values(params: &Params<f32>, place: Place) -> Option<&[f32]> {
+    match place {
+        Place::Param(id) => Some(params.get(id)),
+        Place::Stat(id) => Some(params.stat(id)),
+        Place::Scale(id) => params.int8(id).map(|w| &w.scales[..]),
+        Place::Int8(_) => None,
     }
 }
 
 fn places(params: &Params<f32>) -> Vec<(&str, &[usize], Place)> {
     let layout = params.layout();
-    let of_params = layout.ids().map(|id| (layout.entry(id), Place::Param(id)));
-    let of_stats = layout.stat_ids().map(|id| (layout.stat_entry(id), Place::Stat(id)));
-    of_params.chain(of_stats).map(|(e, place)| (e.name.as_str(), e.shape.as_slice(), place)).collect()
+    let mut places = Vec::new();
+    for id in layout.ids() {
+        let entry = layout.entry(id);
+        match &entry.scale {
+            None => places.push((entry.name.as_str(), &entry.shape[..], Place::Param(id))),
+            Some(scale) => {
+                places.push((entry.name.as_str(), &entry.shape[..], Place::Int8(id)));
+                places.push((scale.as_str(), &entry.shape[..1], Place::Scale(id)));
+            }
+        }
+    }
+    let stats = layout.stat_ids().map(|id| (layout.stat_entry(id), Place::Stat(id)));
+    places.extend(stats.map(|(e, place)| (e.name.as_str(), &e.shape[..], place)));
+    places
 }
 
 /// An array that is offered: its name, its shape, and what is wrong with it whatever its place.

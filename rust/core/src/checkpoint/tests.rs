@@ -61,6 +61,36 @@ fn a_model_comes_back_bit_for_bit_and_other_files_stay() {
 }
 
 #[test]
+fn weights_in_int8_come_back_bit_for_bit_and_say_so() {
+    let mut b = Builder::new();
+    b.param("up.weight", &[7, 5], Init::Xavier);
+    b.param("up.bias", &[7], Init::Normal { std: 1.0 });
+    b.param("down.weight", &[3, 7], Init::Xavier);
+    let layout = Arc::new(b.finish());
+    let int8 = Arc::new(layout.in_int8(&[]));
+    let model = Params::<f32>::init(layout.clone(), 1).unwrap().quantize(int8.clone()).unwrap();
+    let folder = Folder::new();
+    save_model(&folder.0, JSON, "transformer", &model).unwrap();
+    let bytes = fs::read(folder.0.join(MODEL)).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(tensors.len(), 5);
+    for (name, shape, values) in int8_dict(&model) {
+        let (tensor, scale) = (tensors.tensor(name).unwrap(), tensors.tensor(&format!("{name}_scale")).unwrap());
+        assert_eq!((tensor.dtype(), tensor.shape()), (Dtype::I8, shape));
+        assert!(tensor.data().iter().map(|&x| x.cast_signed()).eq(values.iter().copied()));
+        assert_eq!((scale.dtype(), scale.shape()), (Dtype::F32, &shape[..1]));
+    }
+    let mut checkpoint = Checkpoint::open(&folder.0).unwrap();
+    assert!(checkpoint.is_int8() && !checkpoint.config_json().contains("quantization"));
+    let mut again = Params::zeros(int8).unwrap();
+    checkpoint.load_into(&mut again, &[]).unwrap();
+    assert_eq!((bits(&again), int8_dict(&again)), (bits(&model), int8_dict(&model)));
+    // In parameters of f32 they have no place.
+    let error = checkpoint.load_into(&mut Params::zeros(layout).unwrap(), &[]).unwrap_err().to_string();
+    assert!(error.contains("2 unexpected") && error.contains("got I8"), "{error}");
+}
+
+#[test]
 fn the_file_is_what_the_safetensors_crate_reads_and_the_same_each_time() {
     let folder = Folder::new();
     let model = params(1);

@@ -212,6 +212,12 @@ impl Encoder {
         &self.layout
     }
 
+    /// The layout with the weights of all linear maps but the head in int8, for [`Params::quantize`].
+    pub fn int8_layout(&self) -> Arc<Layout> {
+        let head: Vec<_> = self.head.iter().map(Linear::weight).collect();
+        Arc::new(self.layout.in_int8(&head))
+    }
+
     /// What the model is made of.
     pub fn config(&self) -> &EncoderConfig {
         &self.config

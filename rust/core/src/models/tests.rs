@@ -30,6 +30,13 @@ fn params(model: &Transformer) -> Params<f32> {
     Params::init(model.layout().clone(), 42).unwrap()
 }
 
+/// In f32 and in int8.
+fn both(model: &Transformer) -> [Params<f32>; 2] {
+    let params = params(model);
+    let int8 = params.quantize(model.int8_layout()).unwrap();
+    [params, int8]
+}
+
 #[test]
 fn gradients_of_whole_models_are_right() {
     use FeedForwardActivation::*;
@@ -111,12 +118,13 @@ fn a_sequence_alone_has_the_bits_it_has_in_a_batch() {
     let tgt: [&[u32]; 3] = [&[12, 3], &[4, 5, 6, 7], &[]];
     for config in norms() {
         let model = Transformer::new(config).unwrap();
-        let params = params(&model);
-        let together = logits(&model, &params, &batch(), evaluation());
-        for i in 0..3 {
-            let alone = Batch::new(&src[i..=i], &tgt[i..=i], 1, 2).unwrap();
-            let alone = logits(&model, &params, &alone, evaluation());
-            assert_eq!(bits(&alone), bits(&together[i..=i]));
+        for params in both(&model) {
+            let together = logits(&model, &params, &batch(), evaluation());
+            for i in 0..3 {
+                let alone = Batch::new(&src[i..=i], &tgt[i..=i], 1, 2).unwrap();
+                let alone = logits(&model, &params, &alone, evaluation());
+                assert_eq!(bits(&alone), bits(&together[i..=i]));
+            }
         }
     }
 }
@@ -133,9 +141,9 @@ fn training_without_dropout_has_the_bits_of_evaluation() {
 
 #[test]
 fn cached_decoding_has_the_bits_of_the_whole() {
-    for config in norms() {
+    for (config, which) in norms().into_iter().flat_map(|config| [(config.clone(), 0), (config, 1)]) {
         let model = Transformer::new(config).unwrap();
-        let params = params(&model);
+        let params = &both(&model)[which];
         let src = [3, 4, 5, 10, 7];
         let src_rows = Rows::from_lengths(&[4, 1]);
         let tgt: [&[u32]; 2] = [&[1, 12, 3, 5, 5, 6], &[1, 4, 4, 4, 9, 8]];
@@ -146,11 +154,11 @@ fn cached_decoding_has_the_bits_of_the_whole() {
             tgt_out: tgt.concat(),
             tgt_rows: Rows::from_lengths(&[6, 6]),
         };
-        let expected = logits(&model, &params, &whole, evaluation());
+        let expected = logits(&model, params, &whole, evaluation());
 
         let mut tape = evaluation();
-        let memory = model.encode(&mut tape, &params, &src, &src_rows).unwrap();
-        let mut state = model.start(&mut tape, &params, memory, &src_rows).unwrap();
+        let memory = model.encode(&mut tape, params, &src, &src_rows).unwrap();
+        let mut state = model.start(&mut tape, params, memory, &src_rows).unwrap();
         let mut got = vec![Vec::new(), Vec::new()];
         // Two tokens first, then one by one, the sequences changing places half-way.
         let mut order = vec![0, 1];
@@ -161,8 +169,8 @@ fn cached_decoding_has_the_bits_of_the_whole() {
             }
             let tokens: Vec<u32> = order.iter().flat_map(|&i| tgt[i][steps.clone()].to_vec()).collect();
             let rows = Rows::from_lengths(&[steps.len(), steps.len()]);
-            let hidden = model.advance(&mut tape, &params, &tokens, &rows, &mut state).unwrap();
-            let logits = model.logits(&mut tape, &params, hidden).unwrap();
+            let hidden = model.advance(&mut tape, params, &tokens, &rows, &mut state).unwrap();
+            let logits = model.logits(&mut tape, params, hidden).unwrap();
             for (s, &i) in order.iter().enumerate() {
                 for r in rows.range(s) {
                     got[i].extend_from_slice(tape.value(logits).unwrap().row(r));
@@ -170,6 +178,30 @@ fn cached_decoding_has_the_bits_of_the_whole() {
             }
         }
         assert_eq!(bits(&got), bits(&expected));
+    }
+}
+
+#[test]
+fn int8_stays_near_f32_with_a_head_and_embeddings_as_they_were_and_is_not_trained() {
+    for config in norms() {
+        let model = Transformer::new(config).unwrap();
+        let [params, int8] = both(&model);
+        let [exact, near] = [&params, &int8].map(|params| logits(&model, params, &batch(), evaluation()).concat());
+        let largest = exact.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+        let off = exact.iter().zip(&near).fold(0.0f32, |off, (x, y)| off.max((x - y).abs()));
+        assert!(off > 0.0 && off < 0.03 * largest, "{off} of {largest}");
+        for id in params.layout().ids() {
+            let entry = params.layout().entry(id);
+            let linear = entry.shape.len() == 2 && !entry.name.contains("embedding") && entry.name != "head.weight";
+            assert_eq!(int8.int8(id).is_some(), linear, "{}", entry.name);
+            assert!(linear || int8.get(id) == params.get(id));
+        }
+
+        let mut tape = Tape::recording(Pool::default());
+        let refused = |error: crate::error::Error| matches!(error, crate::error::Error::Unsupported(_));
+        assert!(refused(model.loss(&mut tape, &int8, &batch(), 0.0).map(|_| ()).unwrap_err()));
+        assert!(refused(Grads::new(&int8).map(|_| ()).unwrap_err()));
+        assert!(refused(int8.quantize(model.int8_layout()).map(|_| ()).unwrap_err()));
     }
 }
 

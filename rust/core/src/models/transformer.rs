@@ -191,6 +191,11 @@ impl Transformer {
         })
     }
 
+    /// The layout with the weights of all linear maps but the head in int8, for [`Params::quantize`].
+    pub fn int8_layout(&self) -> Arc<Layout> {
+        Arc::new(self.layout.in_int8(&[self.head.weight()]))
+    }
+
     /// Hidden states (R, D) -> logits (R, V).
     pub fn logits<T: Float>(&self, tape: &mut Tape<T>, params: &Params<T>, hidden: Var) -> Result<Var> {
         self.head.forward(tape, params, hidden)

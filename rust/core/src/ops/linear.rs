@@ -7,7 +7,8 @@ use crate::error::Result;
 use crate::kernels::Beta;
 use crate::kernels::activation::{self as curves, relu_backward};
 use crate::kernels::elementwise::multiple;
-use crate::kernels::gemm::{self, Affine, Identity, Mat, MatMut, NoEpilogue, Precision, Rhs};
+use crate::kernels::gemm::{self, Affine, Epilogue, Identity, Mat, MatMut, NoEpilogue, Precision, Rhs};
+use crate::kernels::int8::{self, Int8Rhs};
 use crate::kernels::reduce::{fold_partials, partial_rows, sum_blocks};
 use crate::profile::{self, Work};
 use crate::rng::Dropout;
@@ -60,6 +61,17 @@ fn affine<T: Float>(
     let (rows, d) = (tape.value(x)?.rows(), tape.value(x)?.cols());
     let widths = check(params, d, weights, biases)?;
     let o = widths.iter().sum();
+    if let Some(w) = params.packed_int8(weights)? {
+        ensure!(
+            !tape.is_recording(),
+            Unsupported,
+            "linear: weights in int8 give no gradients; take those of the f32 model"
+        );
+        let mut y = tape.pool.tensor(rows, o)?;
+        let b = (!biases.is_empty()).then(|| params.group(biases));
+        finish(Int8 { y: &mut y, x: tape.value(x)?, w: &w }, b, kind, dropout)?;
+        return Ok(tape.push(y, false));
+    }
     let wanted = tape.wants(params, &[x], weights) || tape.wants(params, &[], biases);
     let _timed = profile::forward("linear", [d, o], || Work::product::<T>(rows, d, o));
     let mut y = tape.pool.tensor(rows, o)?;
@@ -120,6 +132,38 @@ pub(super) fn matrix<T: Float>(x: &Tensor<T>) -> Result<Mat<'_, T>> {
     Mat::new(x, x.rows(), x.cols())
 }
 
+/// A product that waits for what is done to its results.
+trait Multiply<T: Float> {
+    fn by<E: Epilogue<T>>(self, epilogue: &E) -> Result<()>;
+}
+
+/// x Wᵀ of floats.
+struct Floats<'a, T> {
+    precision: Precision,
+    y: MatMut<'a, T>,
+    x: Mat<'a, T>,
+    w: Rhs<'a, T>,
+}
+
+impl<T: Float> Multiply<T> for Floats<'_, T> {
+    fn by<E: Epilogue<T>>(self, epilogue: &E) -> Result<()> {
+        gemm::gemm_with(self.precision, self.y, self.x, self.w, Beta::Assign, epilogue)
+    }
+}
+
+/// x Wᵀ with weights in int8, and x brought there row by row.
+struct Int8<'a, T> {
+    y: &'a mut [T],
+    x: &'a [T],
+    w: &'a Int8Rhs,
+}
+
+impl<T: Float> Multiply<T> for Int8<'_, T> {
+    fn by<E: Epilogue<T>>(self, epilogue: &E) -> Result<()> {
+        int8::product(self.y, self.x, self.w, epilogue)
+    }
+}
+
 /// y = dropout(f(x Wᵀ + b)): the one place where a weight meets a product going forward.
 pub(super) fn product<T: Float>(
     precision: Precision,
@@ -130,26 +174,32 @@ pub(super) fn product<T: Float>(
     kind: Option<Activation>,
     dropout: Option<Dropout>,
 ) -> Result<()> {
+    let (rows, o) = (x.shape().0, y.cols());
+    finish(Floats { precision, y: MatMut::new(y, rows, o)?, x, w }, bias, kind, dropout)
+}
+
+/// The product, its bias, activation and dropout, in one pass.
+fn finish<T: Float>(
+    product: impl Multiply<T>,
+    bias: Option<&[T]>,
+    kind: Option<Activation>,
+    dropout: Option<Dropout>,
+) -> Result<()> {
     fn run<T: Float, A: gemm::Activation<T>>(
-        precision: Precision,
-        y: MatMut<T>,
-        x: Mat<T>,
-        w: Rhs<T>,
+        product: impl Multiply<T>,
         bias: Option<&[T]>,
         activation: A,
         dropout: Option<Dropout>,
     ) -> Result<()> {
-        gemm::gemm_with(precision, y, x, w, Beta::Assign, &Affine { bias, activation, dropout, residual: None })
+        product.by(&Affine { bias, activation, dropout, residual: None })
     }
-    let (rows, o) = (x.shape().0, y.cols());
-    let y = MatMut::new(y, rows, o)?;
     match kind {
-        None if bias.is_none() && dropout.is_none() => gemm::gemm_with(precision, y, x, w, Beta::Assign, &NoEpilogue),
-        None => run(precision, y, x, w, bias, Identity, dropout),
-        Some(Activation::Relu) => run(precision, y, x, w, bias, curves::Relu, dropout),
-        Some(Activation::Gelu) => run(precision, y, x, w, bias, curves::Gelu, dropout),
-        Some(Activation::GeluTanh) => run(precision, y, x, w, bias, curves::GeluTanh, dropout),
-        Some(Activation::Silu) => run(precision, y, x, w, bias, curves::Silu, dropout),
+        None if bias.is_none() && dropout.is_none() => product.by(&NoEpilogue),
+        None => run(product, bias, Identity, dropout),
+        Some(Activation::Relu) => run(product, bias, curves::Relu, dropout),
+        Some(Activation::Gelu) => run(product, bias, curves::Gelu, dropout),
+        Some(Activation::GeluTanh) => run(product, bias, curves::GeluTanh, dropout),
+        Some(Activation::Silu) => run(product, bias, curves::Silu, dropout),
     }
 }
 
@@ -351,6 +401,38 @@ mod tests {
             }
             params.set(w[1], &[0.5; 30 * 37]).unwrap();
         }
+    }
+
+    #[test]
+    fn a_group_in_int8_is_its_product_with_bias_and_activation() {
+        let mut b = Builder::new();
+        let bias = |i| (["a", "b"][i], [5usize, 30][i]);
+        let weights = b.group(&[("v", &[5, 37], Init::Xavier), ("w", &[30, 37], Init::Xavier)]);
+        let normal = Init::Normal { std: 1.0 };
+        let biases = b.group(&[(bias(0).0, &[bias(0).1], normal), (bias(1).0, &[bias(1).1], normal)]);
+        let layout = Arc::new(b.finish());
+        let params = Params::<f32>::init(layout.clone(), 2).unwrap();
+        let int8 = params.quantize(Arc::new(layout.in_int8(&[]))).unwrap();
+        let x: Tensor<f32> = testing::normal(9, 37, 1);
+        let packed = int8.packed_int8(&weights).unwrap().unwrap();
+        let mut expected = vec![0.0; 9 * 35];
+        int8::product(&mut expected, &x, &packed, &NoEpilogue).unwrap();
+        for (y, b) in expected.chunks_mut(35).flat_map(|row| row.iter_mut().zip(params.group(&biases))) {
+            *y = (*y + b).max(0.0);
+        }
+        let mut tape = Tape::evaluation(Pool::default());
+        let x = tape.constant(x);
+        let y = linear_activation(&mut tape, &int8, x, &weights, &biases, Activation::Relu, (0, 0.0)).unwrap();
+        assert_eq!(tape.value(y).unwrap()[..], expected);
+        let part = linear(&mut tape, &int8, x, &weights[1..], &biases[1..]).unwrap();
+        let both = linear(&mut tape, &int8, x, &weights, &biases).unwrap();
+        for r in 0..9 {
+            assert_eq!(tape.value(part).unwrap().row(r), &tape.value(both).unwrap().row(r)[5..]);
+        }
+        let mut tape = Tape::recording(Pool::default());
+        let x = tape.leaf(testing::normal(9, 37, 1));
+        let error = linear(&mut tape, &int8, x, &weights, &biases).unwrap_err();
+        assert!(matches!(error, crate::error::Error::Unsupported(_)));
     }
 
     #[test]

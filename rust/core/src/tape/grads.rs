@@ -1,10 +1,10 @@
 //! Gradients of the parameters: a flat arena over the trainable ranges.
 
 use super::params::{ParamId, Params};
-use crate::bail;
 use crate::error::Result;
 use crate::kernels::Beta;
 use crate::simd::{Buffer, Float};
+use crate::{bail, ensure};
 use std::ops::Range;
 
 /// The gradient of the *summed* loss, so that accumulation over micro-batches is a plain sum; the trainer divides by the
@@ -20,6 +20,11 @@ pub struct Grads<T> {
 impl<T: Float> Grads<T> {
     /// Room for the gradients of all trainable parameters; nothing has arrived yet.
     pub fn new(params: &Params<T>) -> Result<Self> {
+        ensure!(
+            !params.is_int8(),
+            Unsupported,
+            "gradients: the weights are in int8, which is not trained; train the f32 model and quantize it"
+        );
         let mut end = 0usize;
         let ranges: Vec<_> = params
             .layout()

@@ -1,7 +1,8 @@
 //! Parameters by name in one flat arena.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::gemm::{Mat, PackedRhs};
+use crate::kernels::int8::{Int8Matrix, Int8Rhs};
 use crate::rng::Key;
 use crate::simd::{Buffer, Float};
 use crate::threads::{GRAIN, for_each};
@@ -49,8 +50,10 @@ pub struct Entry {
     pub name: String,
     /// Its shape, row-major; linear weights are (out, in).
     pub shape: Vec<usize>,
-    /// Its elements in the arena.
+    /// Its elements in the arena; none where it is kept in int8.
     pub range: Range<usize>,
+    /// Where it is kept in int8: the checkpoint key of its scales, one for each output.
+    pub scale: Option<String>,
     init: Init,
 }
 
@@ -90,7 +93,8 @@ impl Builder {
         let mut start = self.params.last().map_or(0, |e| e.range.end.next_multiple_of(16));
         for (name, shape, init) in members {
             let end = start + shape.iter().product::<usize>();
-            self.params.push(Entry { name: self.full(name), shape: shape.to_vec(), range: start..end, init: *init });
+            let (name, shape) = (self.full(name), shape.to_vec());
+            self.params.push(Entry { name, shape, range: start..end, scale: None, init: *init });
             start = end;
         }
         (first..self.params.len() as u32).map(ParamId).collect()
@@ -103,6 +107,7 @@ impl Builder {
             name: self.full(name),
             shape: vec![len],
             range: begin..begin + len,
+            scale: None,
             init: Init::Constant(start),
         });
         StatId(self.stats.len() as u32 - 1)
@@ -160,6 +165,21 @@ impl Layout {
         self.by_name.get(name).copied()
     }
 
+    /// The same parameters with the matrices of linear maps in int8, all but some. They have no elements in the arena;
+    /// groups stay without gaps.
+    pub fn in_int8(&self, except: &[ParamId]) -> Layout {
+        let (mut params, mut old_end, mut end) = (Vec::with_capacity(self.params.len()), 0, 0usize);
+        for (id, entry) in self.ids().zip(&self.params) {
+            let start = if entry.range.start == old_end { end } else { end.next_multiple_of(16) };
+            old_end = entry.range.end;
+            let kept = entry.init != Init::Xavier || except.contains(&id);
+            end = start + if kept { entry.range.len() } else { 0 };
+            let scale = (!kept).then(|| format!("{}_scale", entry.name));
+            params.push(Entry { range: start..end, scale, ..entry.clone() });
+        }
+        Layout { params, stats: self.stats.clone(), by_name: self.by_name.clone() }
+    }
+
     fn len(&self) -> usize {
         self.params.last().map_or(0, |e| e.range.end)
     }
@@ -178,10 +198,16 @@ pub struct Params<T> {
     trainable: Vec<bool>,
     version: u64,
     packed: Mutex<Packed<T>>,
+    /// Weights of linear maps that are kept in int8.
+    int8: HashMap<ParamId, Int8Matrix>,
+    packed_int8: Mutex<PackedInt8>,
 }
 
 /// Weights in the order in which products of few rows read them, by where they begin and how long they are.
 type Packed<T> = HashMap<(usize, usize), Arc<PackedRhs<T>>>;
+
+/// Weights in int8, one or a group, by the first of them and their number.
+type PackedInt8 = HashMap<(ParamId, usize), Arc<Int8Rhs>>;
 
 impl<T: Float> Params<T> {
     /// Fresh parameters. Each is drawn by its own name, so that layers never start as copies of one another.
@@ -209,7 +235,13 @@ impl<T: Float> Params<T> {
     pub fn zeros(layout: Arc<Layout>) -> Result<Self> {
         let (data, stats) = (Buffer::zeroed(layout.len())?, Buffer::zeroed(layout.stats_len())?);
         let trainable = vec![true; layout.params.len()];
-        Ok(Params { layout, data, stats, trainable, version: 0, packed: Mutex::default() })
+        let (packed, packed_int8) = Default::default();
+        let mut int8 = HashMap::new();
+        for id in layout.ids().filter(|&id| layout.entry(id).scale.is_some()) {
+            let shape = &layout.entry(id).shape;
+            int8.insert(id, Int8Matrix::zeros(shape[0], shape[1])?);
+        }
+        Ok(Params { layout, data, stats, trainable, version: 0, packed, int8, packed_int8 })
     }
 
     /// The same parameters in another precision, for gradient checks.
@@ -226,6 +258,8 @@ impl<T: Float> Params<T> {
             trainable: self.trainable.clone(),
             version: self.version,
             packed: Mutex::default(),
+            int8: self.int8.clone(),
+            packed_int8: Mutex::default(),
         })
     }
 
@@ -234,8 +268,9 @@ impl<T: Float> Params<T> {
         &self.layout
     }
 
-    /// The values of a parameter.
+    /// The values of a parameter that is not kept in int8.
     pub fn get(&self, id: ParamId) -> &[T] {
+        debug_assert!(!self.int8.contains_key(&id), "this weight is kept in int8");
         &self.data[self.layout.entry(id).range.clone()]
     }
 
@@ -265,15 +300,76 @@ impl<T: Float> Params<T> {
         Ok(new)
     }
 
+    /// The same values in a layout of [`Layout::in_int8`]: those weights to the nearest of 255 numbers of each output.
+    pub fn quantize(&self, layout: Arc<Layout>) -> Result<Self> {
+        ensure!(!self.is_int8(), Unsupported, "quantize: the weights are in int8 already; quantize the f32 model");
+        let mut new = Self::zeros(layout)?;
+        new.stats.copy_from_slice(&self.stats);
+        for id in self.layout.ids() {
+            let (entry, values) = (self.layout.entry(id), self.get(id));
+            if let Some(w) = new.int8.get_mut(&id) {
+                *w = Int8Matrix::quantize(values, entry.shape[0], entry.shape[1]).map_err(|error| match error {
+                    Error::NonFinite(_) => Error::NonFinite(format!(
+                        "quantize: parameter `{}` has numbers that are not finite; load weights that are",
+                        entry.name
+                    )),
+                    other => other,
+                })?;
+            } else {
+                new.data[new.layout.entry(id).range.clone()].copy_from_slice(values);
+            }
+        }
+        Ok(new)
+    }
+
+    /// Whether weights are kept in int8. Such parameters are not trained.
+    pub fn is_int8(&self) -> bool {
+        !self.int8.is_empty()
+    }
+
+    /// A weight that is kept in int8.
+    pub fn int8(&self, id: ParamId) -> Option<&Int8Matrix> {
+        self.int8.get(&id)
+    }
+
+    /// A weight that is kept in int8, for somebody who is about to change it.
+    pub fn int8_mut(&mut self, id: ParamId) -> Option<&mut Int8Matrix> {
+        self.touch();
+        self.int8.get_mut(&id)
+    }
+
+    /// A weight, or a group of them, packed for products in int8, where it is kept so.
+    pub fn packed_int8(&self, ids: &[ParamId]) -> Result<Option<Arc<Int8Rhs>>> {
+        let Some(first) = ids.first().filter(|first| self.int8.contains_key(first)) else { return Ok(None) };
+        let mut packed = self.packed_int8.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (*first, ids.len());
+        if let Some(found) = packed.get(&key) {
+            return Ok(Some(found.clone()));
+        }
+        let weights: Option<Vec<_>> = ids.iter().map(|id| self.int8.get(id)).collect();
+        let Some(weights) = weights else { bail!(Internal, "a group of weights is kept in int8 in part") };
+        let new = Arc::new(Int8Rhs::new(&weights)?);
+        packed.insert(key, new.clone());
+        Ok(Some(new))
+    }
+
     /// The values change.
     fn touch(&mut self) {
         self.version += 1;
+        self.packed_int8.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
         self.packed.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// Overwrites a parameter.
     pub fn set(&mut self, id: ParamId, values: &[T]) -> Result<()> {
         let entry = self.layout.entry(id);
+        if self.int8.contains_key(&id) {
+            bail!(
+                Unsupported,
+                "parameter `{}`: it is kept in int8; set it in the f32 model and quantize that",
+                entry.name
+            );
+        }
         ensure!(
             values.len() == entry.range.len(),
             Shape,
@@ -365,6 +461,30 @@ mod tests {
             || params.layout().entry(id).range.start.is_multiple_of(16)));
         let bound = (6.0f32 / 8.0).sqrt();
         assert!(params.get(find("a.weight")).iter().all(|w| w.abs() <= bound));
+    }
+
+    #[test]
+    fn in_int8_matrices_leave_the_arena_and_groups_stay_together() {
+        let mut params = Params::<f32>::init(two_linears(), 3).unwrap();
+        let find = |name| params.layout().find(name).unwrap();
+        let (a, b, q, k) = (find("a.weight"), find("b.weight"), find("b.q"), find("b.k"));
+        let layout = Arc::new(params.layout().in_int8(&[a]));
+        let mut int8 = params.quantize(layout.clone()).unwrap();
+        assert!(int8.is_int8() && !params.is_int8() && int8.int8(a).is_none());
+        assert_eq!(layout.entry(b).scale.as_deref(), Some("b.weight_scale"));
+        assert!(layout.entry(b).range.is_empty() && layout.entry(b).shape == [3, 5]);
+        assert_eq!((int8.get(a), int8.group(&[q, k])), (params.get(a), params.group(&[q, k])));
+        assert_eq!(int8.int8(b), Some(&Int8Matrix::quantize(params.get(b), 3, 5).unwrap()));
+        assert!(matches!(int8.set(b, &[0.0; 15]), Err(Error::Unsupported(_))));
+        assert!(matches!(int8.quantize(layout.clone()), Err(Error::Unsupported(_))));
+        let before = int8.packed_int8(&[b]).unwrap().unwrap();
+        assert!(Arc::ptr_eq(&before, &int8.packed_int8(&[b]).unwrap().unwrap()));
+        assert!(int8.packed_int8(&[a]).unwrap().is_none());
+        int8.int8_mut(b).unwrap().values.fill(1);
+        assert!(!Arc::ptr_eq(&before, &int8.packed_int8(&[b]).unwrap().unwrap()));
+        params.set(b, &[f32::INFINITY; 15]).unwrap();
+        let error = params.quantize(layout).unwrap_err();
+        assert!(matches!(&error, Error::NonFinite(text) if text.contains("`b.weight`")), "{error}");
     }
 
     #[test]
