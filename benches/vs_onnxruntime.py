@@ -8,7 +8,7 @@ How it is kept fair:
   is the median over the turns. Only one process has work at any time; the other ones sleep on a pipe.
 - All get the same ids as NumPy arrays, the same weights and the same number of threads, and give the same vectors (the largest difference is reported).
 - ONNX Runtime runs the fused operators that its own optimiser makes of such a model (see bert_onnx.py), without a mask where nothing is padded; int8
-  is its dynamic quantisation of that graph, with weights per channel. PyTorch uses scaled_dot_product_attention, in inference mode.
+  is its dynamic quantisation of that graph, with weights per channel; ours is `Bert.quantize("int8")`. PyTorch uses scaled_dot_product_attention, in inference mode.
 - "ragged" are 64 sequences of 8 to 128 tokens: the rivals pad them to the longest and mask, as they must.
 - Useful FLOPs are 2 x the multiply-adds of the matrix products over real tokens.
 """
@@ -22,7 +22,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing.connection import Connection
@@ -82,11 +82,13 @@ def weights() -> dict[str, Array]:
 Side = Callable[[], Array]
 
 
-def ours(job: Job) -> Side:
+def ours(job: Job, quantised: bool = False) -> Side:
     import transformer_rs as tr
 
     tr.set_num_threads(job.threads)
     bert = tr.Bert.from_pretrained(folder())
+    if quantised:
+        bert = bert.quantize("int8")
     sequences = job.ids()
     if len(set(job.lengths())) == 1:
         array = np.stack(sequences)
@@ -126,6 +128,10 @@ def onnx_f32(job: Job, quantised: bool = False) -> Side:
     if mask is not None:
         feed["mask"] = mask.astype(np.int32)
     return lambda: np.asarray(session.run(["vectors"], feed)[0])
+
+
+def ours_int8(job: Job) -> Side:
+    return ours(job, quantised=True)
 
 
 def onnx_int8(job: Job) -> Side:
@@ -179,7 +185,7 @@ def torch_f32(job: Job) -> Side:
 
 
 SIDES: dict[str, Callable[[Job], Side]] = {
-    "ours": ours, "onnxruntime": onnx_f32, "torch": torch_f32, "onnxruntime int8": onnx_int8,
+    "ours": ours, "onnxruntime": onnx_f32, "torch": torch_f32, "ours int8": ours_int8, "onnxruntime int8": onnx_int8,
 }  # fmt: skip
 SHAPES = ("1x16", "1x128", "32x64", "32x128", "8x512", "ragged")
 
@@ -227,6 +233,11 @@ class Player:
         self.process.join()
 
 
+def partner(side: str, sides: Mapping[str, float]) -> str:
+    """Which of ours a rival is compared with: the one of its precision."""
+    return "ours int8" if side.endswith("int8") and "ours int8" in sides else "ours"
+
+
 def compare(shape: str, sides: list[str], threads: int, turns: int) -> dict[str, Any]:
     job = Job(shape, threads)
     players = {side: Player(side, job) for side in sides}
@@ -242,7 +253,7 @@ def compare(shape: str, sides: list[str], threads: int, turns: int) -> dict[str,
         "ms": ms,
         "fastest_ms": {side: 1e3 * min(player.times) for side, player in players.items()},
         "gflops": {side: job.useful_flops() / t / 1e6 for side, t in ms.items()},
-        "ratio": {side: t / ms["ours"] for side, t in ms.items() if side != "ours"},
+        "ratio": {side: t / ms[partner(side, ms)] for side, t in ms.items() if not side.startswith("ours")},
         "difference": {side: float(np.abs(player.vectors - mine).max()) for side, player in players.items()},
         "cosine": {side: float((player.vectors * mine).sum(1).min()) for side, player in players.items()},
         "mib": {side: player.mib for side, player in players.items()},
@@ -276,6 +287,8 @@ def main() -> None:
         rows.append(row := compare(shape, sides, options.threads, options.turns))
         cells = [f"{row['ms'][side]:.2f} ({row['gflops'][side]:.0f})" for side in sides]
         print(f"| {shape} | {' | '.join(cells)} | {', '.join(f'{r:.2f}' for r in row['ratio'].values())} |", flush=True)
+    for side in (side for side in sides if side != "ours"):
+        print(f"lowest cosine to ours in f32, {side}: {min(row['cosine'][side] for row in rows):.6f}")
     if options.json:
         options.json.write_text(json.dumps({"machine": about, "embedding": rows}, indent=1) + "\n")
 

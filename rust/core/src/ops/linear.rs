@@ -67,6 +67,7 @@ fn affine<T: Float>(
             Unsupported,
             "linear: weights in int8 give no gradients; take those of the f32 model"
         );
+        let _timed = profile::forward("linear_int8", [d, o], || Work::product::<T>(rows, d, o));
         let mut y = tape.pool.tensor(rows, o)?;
         let b = (!biases.is_empty()).then(|| params.group(biases));
         finish(Int8 { y: &mut y, x: tape.value(x)?, w: &w }, b, kind, dropout)?;
