@@ -180,6 +180,7 @@ def new_trainer(options: argparse.Namespace, steps: int) -> tr.Trainer:
         schedule=tr.schedules.Linear(warmup=min(200, steps // 5), total=steps),
         label_smoothing=0.1,
         clip_norm=1.0,
+        compute="auto",
         seed=options.seed,
     )
 
