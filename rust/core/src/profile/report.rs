@@ -9,7 +9,8 @@ const LEAST: f64 = 0.001;
 /// The rows as text, the longest time first: time and its share, rates, and the share of what the machine can do. `bound`
 /// says which of the two, arithmetic or memory, takes longer at its peak.
 pub fn table(rows: &[Row], peak: Option<&Peak>) -> String {
-    let total: f64 = rows.iter().map(|row| row.seconds).sum();
+    // From +0: the sum of nothing is −0 and would be printed so.
+    let total = rows.iter().fold(0.0, |sum, row| sum + row.seconds);
     let mut out = String::new();
     let (flops, bytes) = rows.iter().fold((0.0, 0.0), |(f, b), row| (f + row.work.flops, b + row.work.bytes));
     let rate = |amount: f64| if total > 0.0 { amount / total / 1e9 } else { 0.0 };
