@@ -139,20 +139,7 @@ impl TransformerConfig {
         ] {
             ensure!((1..=LARGEST).contains(&n), Config, "{name} = {n}: expected 1 to {LARGEST}");
         }
-        ensure!((0.0..1.0).contains(&self.dropout), Config, "dropout = {}: expected 0 <= dropout < 1", self.dropout);
-        ensure!(
-            self.norm_eps.is_finite() && self.norm_eps > 0.0,
-            Config,
-            "norm_eps = {}: expected a small positive number",
-            self.norm_eps
-        );
-        match (self.positions, self.max_positions) {
-            (PositionKind::Learned, None) => bail!(Config, "positions = \"learned\" needs max_positions"),
-            (PositionKind::Learned, Some(n)) if n == 0 || n > LARGEST => {
-                bail!(Config, "max_positions = {n}: expected 1 to {LARGEST}")
-            }
-            _ => {}
-        }
+        check_common(self.dropout, self.norm_eps, self.positions, self.max_positions)?;
         ensure!(
             self.tie_embeddings != Some(Tie::All) || self.src_vocab == self.tgt_vocab,
             Config,
@@ -191,6 +178,30 @@ impl TransformerConfig {
             dropout: self.dropout,
         })
     }
+}
+
+/// The conditions that the configs of all models have in common.
+pub(super) fn check_common(
+    dropout: f64,
+    norm_eps: f64,
+    positions: PositionKind,
+    max_positions: Option<usize>,
+) -> Result<()> {
+    ensure!((0.0..1.0).contains(&dropout), Config, "dropout = {}: expected 0 <= dropout < 1", dropout);
+    ensure!(
+        norm_eps.is_finite() && norm_eps > 0.0,
+        Config,
+        "norm_eps = {}: expected a small positive number",
+        norm_eps
+    );
+    match (positions, max_positions) {
+        (PositionKind::Learned, None) => bail!(Config, "positions = \"learned\" needs max_positions"),
+        (PositionKind::Learned, Some(n)) if n == 0 || n > LARGEST => {
+            bail!(Config, "max_positions = {n}: expected 1 to {LARGEST}")
+        }
+        _ => {}
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! An encoder alone: BERT (Devlin and others 2019) and its family, from ids to vectors of tokens, sentences or classes.
 
 use super::PositionKind;
-use super::config::LARGEST;
+use super::config::{LARGEST, check_common};
 use crate::error::{Error, Result};
 use crate::nn::{
     AttentionConfig, Embedding, FeedForwardActivation, LayerConfig, Linear, Norm, NormKind, Positions, Stack,
@@ -127,20 +127,7 @@ impl EncoderConfig {
             ensure!((1..=LARGEST).contains(&n), Config, "{name} = {n}: expected 1 to {LARGEST}");
         }
         ensure!(self.token_types <= LARGEST, Config, "token_types = {}: expected 0 to {LARGEST}", self.token_types);
-        ensure!((0.0..1.0).contains(&self.dropout), Config, "dropout = {}: expected 0 <= dropout < 1", self.dropout);
-        ensure!(
-            self.norm_eps.is_finite() && self.norm_eps > 0.0,
-            Config,
-            "norm_eps = {}: expected a small positive number",
-            self.norm_eps
-        );
-        match (self.positions, self.max_positions) {
-            (PositionKind::Learned, None) => bail!(Config, "positions = \"learned\" needs max_positions"),
-            (PositionKind::Learned, Some(n)) if n == 0 || n > LARGEST => {
-                bail!(Config, "max_positions = {n}: expected 1 to {LARGEST}")
-            }
-            _ => {}
-        }
+        check_common(self.dropout, self.norm_eps, self.positions, self.max_positions)?;
         self.layer().map(|_| ())
     }
 
