@@ -6,10 +6,10 @@ use crate::pools::{self, Home};
 use numpy::{Element, IntoPyArray, PyArray1, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use transformer_core::bail;
 use transformer_core::checkpoint::{self, Alias, NamedArray, NamedBytes};
 use transformer_core::error::Result;
-use transformer_core::simd::Float;
+use transformer_core::kernels::elementwise;
+use transformer_core::simd::{Float, zeros};
 use transformer_core::tape::Params;
 
 /// f32 or f64, on both sides of the border.
@@ -80,34 +80,18 @@ impl Floats<'_> {
 
     /// A copy as it lies.
     pub fn to_vec<T: Real>(&self) -> PyResult<Vec<T>> {
-        self.read(|values: &[T]| copy(values).map_err(raise))
+        self.read(|values: &[T]| {
+            let mut copy = zeros(values.len()).map_err(raise)?;
+            copy.copy_from_slice(values);
+            Ok(copy)
+        })
     }
 }
 
-/// An empty vector with room for `n` values; a refused allocation is an error, not the end of the process.
-pub fn room<T: Float>(n: usize) -> Result<Vec<T>> {
-    let mut values = Vec::new();
-    if values.try_reserve_exact(n).is_err() {
-        bail!(
-            OutOfMemory,
-            "cannot allocate {} bytes for an array; use a smaller batch",
-            n as u128 * size_of::<T>() as u128
-        );
-    }
-    Ok(values)
-}
-
-/// `n` zeros.
-pub fn zeros<T: Float>(n: usize) -> Result<Vec<T>> {
-    let mut values = room(n)?;
-    values.resize(n, T::ZERO);
-    Ok(values)
-}
-
-/// A copy.
+/// A copy, made by all threads; Ctrl-C ends it.
 pub fn copy<T: Float>(from: &[T]) -> Result<Vec<T>> {
-    let mut values = room(from.len())?;
-    values.extend_from_slice(from);
+    let mut values = zeros(from.len())?;
+    elementwise::copy(&mut values, from)?;
     Ok(values)
 }
 

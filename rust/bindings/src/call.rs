@@ -1,7 +1,7 @@
 //! A call with a gradient: arrays become leaves of a tape and parameters, an operation or a layer runs, and the tape
 //! waits in a [`Pullback`] for the gradient of the result. One mechanism for every function and every layer.
 
-use crate::arrays::{Floats, Owned, Real, copy, named_arrays, to_array, zeros};
+use crate::arrays::{Floats, Owned, Real, copy, named_arrays, to_array};
 use crate::door;
 use crate::errors::{PullbackError, ShapeError, raise};
 use crate::form::Form;
@@ -11,6 +11,7 @@ use pyo3::types::{PyDict, PyList};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use transformer_core::error::Result;
 use transformer_core::rng::Key;
+use transformer_core::simd::zeros;
 use transformer_core::tape::{Builder, Grads, Init, ParamId, Params, Pool, StatId, Tape, Tensor, Var};
 
 /// The numbers of a layer. A call reads them, an optimiser writes them.

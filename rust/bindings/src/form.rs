@@ -1,11 +1,11 @@
 //! How an array of Python lies in the rows of a matrix, and back.
 
-use crate::arrays::{copy, room, zeros};
+use crate::arrays::copy;
 use crate::errors::ShapeError;
 use pyo3::PyResult;
 use transformer_core::error::Result;
 use transformer_core::rows::Rows;
-use transformer_core::simd::Float;
+use transformer_core::simd::{Float, zeros};
 use transformer_core::tape::{Pool, Tensor};
 
 /// The layout of an argument or a result.
@@ -100,9 +100,9 @@ impl Form {
             Form::Plain { .. } => copy(tensor)?,
             Form::Columns { start, .. } => {
                 let (rows, cols) = self.size();
-                let mut values = room(rows * cols)?;
-                for i in 0..tensor.rows() {
-                    values.extend_from_slice(tensor.row(i).get(*start..start + cols).unwrap_or_default());
+                let mut values = zeros(rows * cols)?;
+                for (i, to) in values.chunks_exact_mut(cols.max(1)).enumerate() {
+                    to.copy_from_slice(tensor.row(i).get(*start..start + cols).unwrap_or_default());
                 }
                 values
             }

@@ -1,7 +1,7 @@
 //! Functions of arrays: each is one operation of the core in a [`Call`]. `gradients` is the number of leading arguments
 //! that get a gradient; without any, nothing is recorded.
 
-use crate::arrays::{Floats, Real, to_array, with_slice, zeros};
+use crate::arrays::{Floats, Real, to_array, with_slice};
 use crate::call::{Answer, Call, Mode};
 use crate::errors::{ConfigError, ShapeError, TokenOutOfRangeError, raise};
 use crate::form::Form;
@@ -13,6 +13,7 @@ use transformer_core::ops::{
     self, Activation, Bias, Columns, DenseMask, Gate, Heads, IGNORE, KeysValues, Masks, Running,
 };
 use transformer_core::rows::Rows;
+use transformer_core::simd::zeros;
 use transformer_core::tape::AttentionWeights;
 
 /// Evaluates its body with `T` as the type of `x`.

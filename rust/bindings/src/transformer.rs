@@ -260,7 +260,7 @@ impl Transformer {
                 let hidden = layers.decode(tape, params, &tgt.ids, &tgt_rows, memory, &src_rows)?;
                 let logits = layers.logits(tape, params, hidden)?;
                 let logits = tape.value(logits)?;
-                let (values, shape) = (logits.to_vec(), [logits.rows(), logits.cols()]);
+                let (values, shape) = (copy(logits)?, [logits.rows(), logits.cols()]);
                 Ok((values, shape, tape.take_attention()))
             })
         })?;

@@ -52,6 +52,18 @@ impl Rows {
         self.offsets[i]..self.offsets[i + 1]
     }
 
+    /// The rows of several sequences that follow each other.
+    pub fn span(&self, sequences: &Range<usize>) -> Range<usize> {
+        self.offsets[sequences.start]..self.offsets[sequences.end]
+    }
+
+    /// These sequences alone.
+    pub fn part(&self, sequences: Range<usize>) -> Self {
+        let start = self.offsets[sequences.start];
+        let offsets = self.offsets[sequences.start..=sequences.end].iter().map(|offset| offset - start).collect();
+        Rows { offsets, first: self.first[sequences].into() }
+    }
+
     /// The length of sequence `i`.
     pub fn length(&self, i: usize) -> usize {
         self.offsets[i + 1] - self.offsets[i]
@@ -78,6 +90,22 @@ impl Rows {
     }
 }
 
+/// Cuts sequences of these lengths into runs of at most `most` rows; a longer sequence is a run of its own.
+pub fn runs(lengths: impl Iterator<Item = usize>, most: usize) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    let mut total = 0;
+    for (i, length) in lengths.enumerate() {
+        match runs.last_mut() {
+            Some(run) if total + length <= most => (run.end, total) = (i + 1, total + length),
+            _ => {
+                runs.push(i..i + 1);
+                total = length;
+            }
+        }
+    }
+    runs
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -91,6 +119,16 @@ mod tests {
         assert!(later.positions().eq([4, 5, 1, 2, 3]));
         assert_eq!((rows.end_position(), later.end_position()), (3, 6));
         assert!(rows.starting_at(&[1]).is_err());
+    }
+
+    #[test]
+    fn runs_hold_whole_sequences() {
+        let lengths = [3, 4, 0, 9, 1, 5, 2];
+        assert_eq!(runs(lengths.into_iter(), 7), [0..3, 3..4, 4..6, 6..7]);
+        let rows = Rows::from_lengths(&lengths).starting_at(&[0, 5, 0, 0, 2, 0, 0]).unwrap();
+        let part = rows.part(1..5);
+        assert_eq!((rows.span(&(1..5)), part.total(), part.range(2)), (3..17, 14, 4..13));
+        assert!(part.positions().eq(rows.positions().skip(3).take(14)));
     }
 
     #[test]

@@ -7,6 +7,12 @@ use crate::kernel;
 use crate::simd::Float;
 use crate::threads::{GRAIN, for_each};
 
+/// y = x
+pub fn copy<T: Float>(y: &mut [T], x: &[T]) -> Result<()> {
+    debug_assert_eq!(y.len(), x.len());
+    for_each(y.chunks_mut(GRAIN).zip(x.chunks(GRAIN)), |(y, x)| y.copy_from_slice(x))
+}
+
 /// y += x
 pub fn add_assign<T: Float>(y: &mut [T], x: &[T]) -> Result<()> {
     multiple(y, Beta::Add, T::ONE, x)

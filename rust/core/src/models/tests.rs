@@ -130,6 +130,19 @@ fn a_sequence_alone_has_the_bits_it_has_in_a_batch() {
 }
 
 #[test]
+fn a_batch_too_large_for_one_run_has_the_bits_of_the_whole() {
+    let model = Transformer::new(tiny()).unwrap();
+    let params = params(&model);
+    let ids: Vec<u32> = (0..6000).map(|i| 3 + i * 7 % 8).collect();
+    let sequences = |lengths: [usize; 6]| lengths.map(|n| &ids[n % 50..][..n]);
+    // Sources and targets together exceed a run in other places than either alone; one pair is longer than a run.
+    let (src, tgt) = (sequences([900, 1500, 4200, 0, 600, 2000]), sequences([700, 1200, 10, 1000, 2000, 30]));
+    let batch = Batch::new(&src, &tgt, 1, 2).unwrap();
+    let whole = logits(&model, &params, &batch, Tape::recording(Pool::default()));
+    assert!(bits(&logits(&model, &params, &batch, evaluation())) == bits(&whole));
+}
+
+#[test]
 fn training_without_dropout_has_the_bits_of_evaluation() {
     for config in norms().into_iter().filter(|c| c.norm != NormKind::Batch) {
         let model = Transformer::new(config).unwrap();

@@ -2,10 +2,15 @@
 
 use super::{Cross, KeyValueCache, LayerConfig, Norm, Source, TransformerLayer};
 use crate::error::Result;
+use crate::kernels::elementwise::copy;
 use crate::ops::Masks;
-use crate::rows::Rows;
+use crate::rows::{Rows, runs};
 use crate::simd::Float;
 use crate::tape::{Builder, Params, Tape, Var};
+use std::ops::Range;
+
+/// Rows that go through the layers together in an evaluation: enough for fast products.
+const RUN_ROWS: usize = 4096;
 
 /// What a decoder layer remembers between the steps of a decoding.
 #[derive(Debug)]
@@ -66,7 +71,49 @@ impl Stack {
     }
 
     /// x (R, D) -> (R, D); a decoder also gets the memory with its rows and the masks of the cross-attention.
+    ///
+    /// No sequence knows of another. Where the result alone is wanted, a few of them at a time go through all layers, so
+    /// that memory does not grow with the batch.
     pub fn forward<T: Float>(
+        &self,
+        tape: &mut Tape<T>,
+        params: &Params<T>,
+        x: Var,
+        rows: &Rows,
+        masks: &Masks<'_>,
+        memory: Option<(Var, &Rows, &Masks<'_>)>,
+    ) -> Result<Var> {
+        let plain = |masks: &Masks<'_>| masks.keep.is_none() && masks.bias.is_none();
+        let apart = plain(masks)
+            && memory.is_none_or(|(_, of, masks)| plain(masks) && of.sequences() == rows.sequences())
+            && tape.wants_results_alone();
+        let length = |i| rows.length(i) + memory.map_or(0, |(_, rows, _)| rows.length(i));
+        let runs = if apart { runs((0..rows.sequences()).map(length), RUN_ROWS) } else { Vec::new() };
+        if runs.len() < 2 {
+            return self.layers(tape, params, x, rows, masks, memory);
+        }
+        let mut y = tape.pool.tensor(rows.total(), tape.value(x)?.cols())?;
+        for run in runs {
+            let result = tape.scope(|tape| {
+                let x = part(tape, x, rows.span(&run))?;
+                let memory = match memory {
+                    Some((memory, rows, masks)) => {
+                        Some((part(tape, memory, rows.span(&run))?, rows.part(run.clone()), masks))
+                    }
+                    None => None,
+                };
+                let memory = memory.as_ref().map(|(memory, rows, masks)| (*memory, rows, *masks));
+                self.layers(tape, params, x, &rows.part(run.clone()), masks, memory)
+            })?;
+            let result = tape.take(result)?;
+            let span = rows.span(&run);
+            copy(&mut y[span.start * result.cols()..span.end * result.cols()], &result)?;
+            tape.pool.recycle(result);
+        }
+        Ok(tape.push(y, false))
+    }
+
+    fn layers<T: Float>(
         &self,
         tape: &mut Tape<T>,
         params: &Params<T>,
@@ -127,4 +174,12 @@ impl Stack {
             None => Ok(x),
         }
     }
+}
+
+/// Some rows of a value, as a value of their own.
+fn part<T: Float>(tape: &mut Tape<T>, x: Var, rows: Range<usize>) -> Result<Var> {
+    let cols = tape.value(x)?.cols();
+    let mut part = tape.pool.tensor(rows.len(), cols)?;
+    copy(&mut part, &tape.value(x)?[rows.start * cols..rows.end * cols])?;
+    Ok(tape.constant(part))
 }

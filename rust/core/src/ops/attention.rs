@@ -8,7 +8,7 @@ use crate::kernels::attention::{
 use crate::profile::{self, Work};
 use crate::rng::Dropout;
 use crate::rows::Rows;
-use crate::simd::Float;
+use crate::simd::{Float, zeros};
 use crate::tape::{AttentionWeights, Backward, Operation, Tape, Tensor, Var};
 use crate::{bail, ensure};
 use std::ops::Range;
@@ -290,15 +290,6 @@ fn grid<'a, E>(name: &str, data: &'a [E], shape: [usize; 4], sizes: [usize; 4]) 
         data.len()
     );
     Ok(Grid { data, shape })
-}
-
-fn zeros<T: Float>(n: usize) -> Result<Vec<T>> {
-    let mut values = Vec::new();
-    if values.try_reserve_exact(n).is_err() {
-        bail!(OutOfMemory, "attention: cannot allocate {n} weights; use a smaller batch");
-    }
-    values.resize(n, T::ZERO);
-    Ok(values)
 }
 
 struct Node<T> {

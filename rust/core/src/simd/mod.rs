@@ -43,7 +43,7 @@ mod avx512;
 #[cfg(test)]
 mod tests;
 
-pub use buffer::Buffer;
+pub use buffer::{Buffer, zeros};
 pub use dispatch::{Features, Isa, features, isa};
 pub use float::Float;
 pub use portable::Portable;

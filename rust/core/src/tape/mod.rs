@@ -114,6 +114,11 @@ impl<T: Float> Tape<T> {
         self.training.is_some()
     }
 
+    /// Whether results alone are wanted: no nodes, batch statistics or attention weights.
+    pub fn wants_results_alone(&self) -> bool {
+        !self.records && self.training.is_none() && self.attention.is_none()
+    }
+
     /// A value that gets no gradient.
     pub fn constant(&mut self, value: Tensor<T>) -> Var {
         self.push(value, false)
