@@ -177,7 +177,7 @@ class Generation:
             raise ConfigError(
                 f"{op}: argument `patience`: there is one hypothesis, which ends at its EOS; leave it out"
             )
-        decoder = _core.Decoder(self._core, asked)
+        decoder = self._core.decoder(asked)
         decoder.push(source.ids, source.lengths, [0])
         return _tokens(decoder)
 
@@ -224,7 +224,7 @@ class Generation:
         if n > 1 and asked["logits_processor"] is not None:
             message = "a processor is called on the calling thread alone; pass workers=1"
             raise ConfigError(f"{op}: argument `logits_processor`: {message}")
-        decoders = [_core.Decoder(self._core, asked) for _ in range(n)]
+        decoders = [self._core.decoder(asked) for _ in range(n)]
         return Window(op, self._config, inputs, ahead, decoders, progress).answers()
 
     def _sources(self, op: str, src: ArrayLike, lengths: Any, src_lengths: Any) -> Ids:

@@ -3,7 +3,7 @@
 use crate::arrays::{to_array, with_slice};
 use crate::door;
 use crate::errors::{DTypeError, ShapeError, raise};
-use crate::transformer::{Model, Sequences, Transformer};
+use crate::model::{Model, Sequences};
 use numpy::{PyArray1, PyArrayDyn, PyArrayMethods};
 use pyo3::prelude::*;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -180,6 +180,14 @@ pub struct Decoder {
 }
 
 impl Decoder {
+    /// A decoding by this model, of no source yet.
+    pub fn new(model: Arc<Model>, settings: Settings) -> PyResult<Self> {
+        let (options, processor) = settings.split();
+        options.check(model.layers.config(), None).map_err(raise)?;
+        let decoding = Mutex::new(Decoding::new(&model.layers, &options, processor.is_some()));
+        Ok(Decoder { model, options, processor, decoding, stopped: AtomicBool::new(false) })
+    }
+
     /// Two calls at once would have to share the tokens between them, and a processor may not ask for its own.
     fn alone<R>(&self, work: impl FnOnce(&mut Decoding) -> Result<R>) -> Result<R> {
         match self.decoding.try_lock() {
@@ -194,15 +202,6 @@ impl Decoder {
 
 #[pymethods]
 impl Decoder {
-    #[new]
-    fn new(model: &Transformer, settings: Settings) -> PyResult<Self> {
-        let (options, processor) = settings.split();
-        let model = model.model.clone();
-        options.check(model.layers.config(), None).map_err(raise)?;
-        let decoding = Mutex::new(Decoding::new(&model.layers, &options, processor.is_some()));
-        Ok(Decoder { model, options, processor, decoding, stopped: AtomicBool::new(false) })
-    }
-
     /// Takes in sources with these numbers.
     fn push<'py>(&self, py: Python<'py>, src: &Ids<'py>, src_lengths: &Ids<'py>, numbers: Vec<usize>) -> PyResult<()> {
         let src = Sequences::read(src, src_lengths)?;

@@ -8,6 +8,7 @@ pub mod form;
 pub mod functional;
 pub mod generate;
 pub mod layer;
+pub mod model;
 pub mod optimizer;
 pub mod pools;
 pub mod profile;

@@ -4,7 +4,7 @@ use crate::arrays::read_named;
 use crate::door;
 use crate::errors::raise;
 use crate::layer::Layer;
-use crate::transformer::patiently;
+use crate::model::patiently;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use serde::de::DeserializeOwned;

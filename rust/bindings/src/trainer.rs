@@ -3,7 +3,8 @@
 use crate::arrays::{named_arrays, read_named, with_slice};
 use crate::door;
 use crate::errors::{ShapeError, raise};
-use crate::transformer::{Model, Sequences, Transformer, patiently};
+use crate::model::{Model, Sequences, patiently};
+use crate::transformer::Transformer;
 use numpy::{PyArray1, PyArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;

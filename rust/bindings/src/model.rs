@@ -1,0 +1,156 @@
+//! The weights and layers behind a Python object: calls read them together, training writes them alone.
+
+use crate::arrays::{token_ids, with_slice};
+use crate::errors::ShapeError;
+use crate::pools::Home;
+use numpy::{PyArray1, PyArrayMethods};
+use pyo3::prelude::*;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, TryLockError};
+use std::time::Duration;
+use transformer_core::checkpoint::Checkpoint;
+use transformer_core::error::{Error, Result};
+use transformer_core::models::{self, TransformerConfig};
+use transformer_core::rows::Rows;
+use transformer_core::tape::{Params, Pool, Tape};
+use transformer_core::threads;
+
+/// What `model_type` says in `config.json`.
+const MODEL_TYPE: &str = "transformer";
+
+/// Takes a lock as soon as it is free. Called inside [`door::run`]: Ctrl-C ends the wait.
+pub fn patiently<G>(attempt: impl Fn() -> Result<G, TryLockError<G>>) -> Result<G> {
+    loop {
+        match attempt() {
+            Ok(guard) => return Ok(guard),
+            // What is written under a lock is written by steps that are whole or not done.
+            Err(TryLockError::Poisoned(poisoned)) => return Ok(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => {
+                threads::parallel(1, |_| ())?; // asks whether to stop
+                std::thread::sleep(Duration::from_micros(100));
+            }
+        }
+    }
+}
+
+/// A model, shared by its Python object and its trainers.
+pub struct Model {
+    pub layers: models::Transformer,
+    params: RwLock<Params<f32>>,
+    /// Held while waiting for `params`: a writer in wait is overtaken by no reader.
+    queue: Mutex<()>,
+    /// Held by a training step from its forward pass to its update, so that the steps of two trainers do not mix.
+    training: Mutex<()>,
+    home: Home<f32>,
+}
+
+impl Model {
+    /// A model of these weights.
+    pub fn new(layers: models::Transformer, params: Params<f32>) -> Arc<Self> {
+        let (queue, training) = Default::default();
+        Arc::new(Model { layers, params: RwLock::new(params), queue, training, home: Home::of_layer() })
+    }
+
+    /// Weights of zero, for values that come from elsewhere.
+    pub fn blank(config: TransformerConfig, int8: bool) -> Result<Arc<Self>> {
+        let layers = models::Transformer::new(config)?;
+        let params = Params::zeros(if int8 { layers.int8_layout() } else { layers.layout().clone() })?;
+        Ok(Model::new(layers, params))
+    }
+
+    /// Reads the weights, beside any number of others.
+    pub fn read<R>(&self, work: impl FnOnce(&Params<f32>) -> Result<R>) -> Result<R> {
+        let queue = patiently(|| self.queue.try_lock())?;
+        let params = patiently(|| self.params.try_read())?;
+        drop(queue);
+        work(&params)
+    }
+
+    /// Writes the weights, alone.
+    pub fn write<R>(&self, work: impl FnOnce(&mut Params<f32>) -> Result<R>) -> Result<R> {
+        let queue = patiently(|| self.queue.try_lock())?;
+        let mut params = patiently(|| self.params.try_write())?;
+        drop(queue);
+        work(&mut params)
+    }
+
+    /// Keeps others from writing while the guard lives.
+    pub fn alone(&self) -> Result<MutexGuard<'_, ()>> {
+        patiently(|| self.training.try_lock())
+    }
+
+    /// Reads the weights, with a pool of buffers.
+    pub fn with_pool<R>(&self, work: impl FnOnce(&Params<f32>, &mut Pool<f32>) -> Result<R>) -> Result<R> {
+        self.read(|params| {
+            let mut pool = self.home.take();
+            let result = work(params, &mut pool);
+            self.home.give(pool);
+            result
+        })
+    }
+
+    /// An evaluation that records nothing.
+    pub fn evaluate<R>(&self, work: impl FnOnce(&mut Tape<f32>, &Params<f32>) -> Result<R>) -> Result<R> {
+        self.with_pool(|params, pool| {
+            let mut tape = Tape::evaluation(std::mem::take(pool));
+            let result = work(&mut tape, params);
+            *pool = tape.into_pool();
+            result
+        })
+    }
+
+    /// The config as JSON, and the name of the kind, as they stand in a checkpoint.
+    pub fn about(&self) -> (String, &'static str) {
+        (self.layers.config().to_json(), MODEL_TYPE)
+    }
+
+    /// Reads the model of a folder.
+    pub fn open(folder: &Path) -> Result<(Arc<Self>, Checkpoint)> {
+        let mut checkpoint = Checkpoint::open(folder)?;
+        let place = folder.display();
+        if checkpoint.model_type() != MODEL_TYPE {
+            let found = checkpoint.model_type();
+            return Err(Error::Checkpoint(format!("{place}: expected a model_type of {MODEL_TYPE:?}, got {found:?}")));
+        }
+        let config = TransformerConfig::from_json(checkpoint.config_json())
+            .map_err(|error| Error::Checkpoint(format!("{place}: {error}")))?;
+        let model = Model::blank(config, checkpoint.is_int8())?;
+        model.write(|params| checkpoint.load_into(params, model.layers.aliases()))?;
+        Ok((model, checkpoint))
+    }
+}
+
+/// Sequences of ids from Python: packed, and where they lie.
+pub struct Sequences {
+    pub ids: Vec<u32>,
+    pub lengths: Vec<usize>,
+}
+
+impl Sequences {
+    /// Reads ids (R,) and lengths (B,).
+    pub fn read(ids: &Bound<'_, PyArray1<i64>>, lengths: &Bound<'_, PyArray1<i64>>) -> PyResult<Self> {
+        let ids = token_ids(ids)?;
+        let lengths = with_slice(lengths.to_dyn(), |lengths| {
+            Ok(lengths.iter().map(|&n| usize::try_from(n).unwrap_or(usize::MAX)).collect::<Vec<_>>())
+        })?;
+        if lengths.iter().try_fold(0usize, |sum, &n| sum.checked_add(n)) != Some(ids.len()) {
+            return Err(ShapeError::new_err(format!("lengths: their sum is not the number of ids, {}", ids.len())));
+        }
+        Ok(Sequences { ids, lengths })
+    }
+
+    /// Where the sequences lie.
+    pub fn rows(&self) -> Rows {
+        Rows::from_lengths(&self.lengths)
+    }
+
+    /// The ids of each sequence.
+    pub fn iter(&self) -> impl Iterator<Item = &[u32]> {
+        let mut rest = self.ids.as_slice();
+        self.lengths.iter().map(move |&n| {
+            let (sequence, after) = rest.split_at(n);
+            rest = after;
+            sequence
+        })
+    }
+}
