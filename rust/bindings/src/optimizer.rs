@@ -13,7 +13,7 @@ use transformer_core::checkpoint::NamedArray;
 use transformer_core::error::Error;
 use transformer_core::tape::Grads;
 use transformer_core::threads::uninterrupted;
-use transformer_core::train::{self, Optimizer, Schedule, finite_norm, set_gradients};
+use transformer_core::train::{self, Optimizer, Schedule, check_norm, global_norm, set_gradients};
 
 /// The moments of one layer, made when it is updated for the first time.
 #[pyclass(frozen, module = "transformer_rs._core")]
@@ -49,7 +49,7 @@ impl OptimizerState {
             };
             grads.reset();
             set_gradients(params, grads, &arrays)?;
-            finite_norm("update", params, grads)?;
+            check_norm("update", params, grads, global_norm(grads)?)?;
             uninterrupted(|| state.update(&self.optimizer, params, grads, lr, 1.0))
         })
     }

@@ -37,13 +37,15 @@ kernel! {
 
 /// y *= a
 pub fn scale_assign<T: Float>(y: &mut [T], a: T) -> Result<()> {
-    kernel! {
-        fn block<'a, T>(s: S; y: &'a mut [T], a: T) {
-            let a = s.splat(a);
-            map(s, [y], [], #[inline(always)] |[y], []| [s.mul(a, y)]);
-        }
+    for_each(y.chunks_mut(GRAIN), |y| scale_row(y, a))
+}
+
+kernel! {
+    /// y *= a, on the calling thread.
+    pub(crate) fn scale_row<'a, T>(s: S; y: &'a mut [T], a: T) {
+        let a = s.splat(a);
+        map(s, [y], [], #[inline(always)] |[y], []| [s.mul(a, y)]);
     }
-    for_each(y.chunks_mut(GRAIN), |y| block(y, a))
 }
 
 /// z = x + y

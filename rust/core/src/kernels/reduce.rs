@@ -1,5 +1,6 @@
 //! Sums over rows and over everything: partial sums over blocks of a fixed size, added in a fixed tree.
 
+use super::elementwise::scale_row;
 use super::lanes::map;
 use crate::error::Result;
 use crate::kernel;
@@ -97,6 +98,16 @@ pub fn sum_of_squares<T: Float>(x: &[T]) -> Result<f64> {
     Ok(sum(&partials))
 }
 
+/// x *= a, and Σ x² of what it is now, in the pass.
+pub fn scale_assign_and_square<T: Float>(x: &mut [T], a: T) -> Result<f64> {
+    let mut partials = vec![0.0; x.len().div_ceil(GRAIN)];
+    for_each(partials.iter_mut().zip(x.chunks_mut(GRAIN)), |(partial, x)| {
+        scale_row(x, a);
+        *partial = block_of_squares(x);
+    })?;
+    Ok(sum(&partials))
+}
+
 /// The sum in a fixed tree: halves of halves.
 pub fn sum(x: &[f64]) -> f64 {
     match x {
@@ -130,6 +141,15 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn scaling_and_squaring_at_once_is_one_after_the_other() {
+        let mut x: Vec<f32> = normal(3 * GRAIN + 5, 1);
+        let mut scaled = x.clone();
+        super::super::elementwise::scale_assign(&mut scaled, 0.3).unwrap();
+        let squares = scale_assign_and_square(&mut x, 0.3).unwrap();
+        assert!(x == scaled && squares == sum_of_squares(&x).unwrap());
     }
 
     #[test]

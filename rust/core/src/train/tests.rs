@@ -166,7 +166,7 @@ fn two_micro_batches_are_one_batch_and_dropout_knows_them_apart() {
         let mut trainer = Trainer::new(TrainerConfig { seed, ..config() }, &mut params).unwrap();
         trainer.rank = rank;
         let (_, gradients) = trainer.gradients(&model, &params, batches).unwrap();
-        gradients.grads.get(model.w).unwrap().to_vec()
+        gradients.grads().get(model.w).unwrap().to_vec()
     };
     let (a, b) = (rows(1, 4), rows(2, 4));
     let together = gradient(0.0, &[[a.clone(), b.clone()].concat()], 9, 0);
@@ -209,7 +209,7 @@ fn what_is_not_finite_is_named_and_changes_nothing() {
         "{error}"
     );
     let (_, mut gradients) = trainer.gradients(&model, &params, &[rows(2, 2)]).unwrap();
-    gradients.grads.arena_mut()[1] = f32::NAN;
+    gradients.grads_mut().arena_mut()[1] = f32::NAN;
     let error = trainer.apply(&mut params, gradients).unwrap_err();
     assert!(matches!(&error, Error::NonFinite(text) if text.contains("`layer.weight`")), "{error}");
     assert_eq!((bits(&params), trainer.step_count()), (before, 1));

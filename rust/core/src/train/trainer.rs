@@ -3,8 +3,8 @@
 use super::{NO_DECAY, Optimizer, OptimizerState, Schedule, clip_scale, global_norm, pattern};
 use crate::checkpoint::NamedArray;
 use crate::error::Result;
-use crate::kernels::elementwise::scale_assign;
 use crate::kernels::gemm::Precision;
+use crate::kernels::reduce::scale_assign_and_square;
 use crate::models::{Batch, Transformer};
 use crate::ops::CrossEntropy;
 use crate::profile::{self, Work};
@@ -148,8 +148,9 @@ pub struct Evaluation {
 /// The gradient of the loss per token over a step's batches, before clipping, and what belongs to it.
 #[derive(Debug)]
 pub struct Gradients {
-    /// The arena.
-    pub grads: Grads<f32>,
+    grads: Grads<f32>,
+    /// Of the arena as it stands, if it is known.
+    norm: Option<f64>,
     /// Σ smoothed loss
     pub loss_sum: f64,
     /// Σ negative log-likelihood
@@ -162,9 +163,20 @@ pub struct Gradients {
 }
 
 impl Gradients {
+    /// The arena.
+    pub fn grads(&self) -> &Grads<f32> {
+        &self.grads
+    }
+
+    /// The arena, to be changed: by an all-reduce, for example.
+    pub fn grads_mut(&mut self) -> &mut Grads<f32> {
+        self.norm = None;
+        &mut self.grads
+    }
+
     /// Takes gradients by name, see [`set_gradients`].
     pub fn set(&mut self, params: &Params<f32>, arrays: &[NamedArray<'_>]) -> Result<()> {
-        set_gradients(params, &mut self.grads, arrays)
+        set_gradients(params, self.grads_mut(), arrays)
     }
 }
 
@@ -186,9 +198,8 @@ pub fn set_gradients(params: &Params<f32>, grads: &mut Grads<f32>, arrays: &[Nam
     Ok(())
 }
 
-/// The norm of a gradient, for `what`; not finite, it is an error that names the first parameter.
-pub fn finite_norm(what: &str, params: &Params<f32>, grads: &Grads<f32>) -> Result<f64> {
-    let norm = global_norm(grads)?;
+/// Refuses, for `what`, a gradient whose norm is not finite, and names the first such parameter.
+pub fn check_norm(what: &str, params: &Params<f32>, grads: &Grads<f32>, norm: f64) -> Result<()> {
     if !norm.is_finite() {
         let name = first_non_finite(params, |id| grads.get(id));
         let name = name.map(|name| format!(", first in parameter `{name}`")).unwrap_or_default();
@@ -197,7 +208,7 @@ pub fn finite_norm(what: &str, params: &Params<f32>, grads: &Grads<f32>) -> Resu
             "{what}: the gradient's norm is {norm}{name}; nothing was changed; lower the learning rate or clip"
         );
     }
-    Ok(norm)
+    Ok(())
 }
 
 /// Trains the parameters of a model by gradient descent. It holds what a run needs besides them and borrows nothing.
@@ -312,7 +323,7 @@ impl Trainer {
             Some(last) => last,
             None => self.empty(params)?,
         };
-        gradients.grads.reset();
+        gradients.grads_mut().reset();
         Ok(gradients)
     }
 
@@ -389,7 +400,7 @@ impl Trainer {
         };
         grads.reset();
         let (step, statistics) = (self.step + 1, Vec::new());
-        Ok(Gradients { grads, loss_sum: 0.0, nll_sum: 0.0, n_tokens: 0, step, statistics })
+        Ok(Gradients { grads, norm: None, loss_sum: 0.0, nll_sum: 0.0, n_tokens: 0, step, statistics })
     }
 
     fn run<L: Loss>(
@@ -435,8 +446,10 @@ impl Trainer {
         }
         sum.grads.complete();
         // Up to here everything was a plain sum over batches (and, one day, processes).
-        profile::span("gradient mean", [0, 0], || Work::passes::<f32>(2, 1, sum.grads.arena().len()))
-            .run(|| scale_assign(sum.grads.arena_mut(), (1.0 / sum.n_tokens as f64) as f32))?;
+        let mean = (1.0 / sum.n_tokens as f64) as f32;
+        let squares = profile::span("gradient mean", [0, 0], || Work::passes::<f32>(2, 1, sum.grads.arena().len()))
+            .run(|| scale_assign_and_square(sum.grads.arena_mut(), mean))?;
+        sum.norm = Some(squares.sqrt());
         let mean = |(id, (count, sums)): (StatId, (usize, Vec<f64>))| {
             (id, sums.into_iter().map(|sum| (sum / count as f64) as f32).collect())
         };
@@ -474,9 +487,10 @@ impl Trainer {
 
     /// What a step with these gradients does; an error where it cannot be done.
     fn result(&self, params: &Params<f32>, gradients: &Gradients) -> Result<StepResult> {
-        let Gradients { grads, loss_sum, nll_sum, n_tokens, step, .. } = gradients;
+        let Gradients { grads, norm, loss_sum, nll_sum, n_tokens, step, .. } = gradients;
         let count = *n_tokens as f64;
-        let grad_norm = finite_norm(&format!("step {step}"), params, grads)?;
+        let grad_norm = norm.map_or_else(|| global_norm(grads), Ok)?;
+        check_norm(&format!("step {step}"), params, grads, grad_norm)?;
         let lr = self.config.optimizer.lr() * self.config.schedule.factor(*step, self.total_steps)?;
         Ok(StepResult { loss: loss_sum / count, nll: nll_sum / count, n_tokens: *n_tokens, grad_norm, lr, step: *step })
     }
