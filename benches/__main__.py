@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import transformer_rs._core as core
-from benches import attention, kernels, overhead, ragged, scaling, steps
+from benches import attention, avx2, kernels, overhead, ragged, scaling, steps
 from benches.common import Options, Section, machine
 
 ROOT = Path(__file__).parent.parent
 PAGE, DATA, README = ROOT / "docs/benchmarks.md", ROOT / "docs/benchmarks.json", ROOT / "README.md"
-SECTIONS = [module.SECTION for module in (steps, ragged, scaling, attention, overhead, kernels)]
+SECTIONS = [module.SECTION for module in (steps, avx2, ragged, scaling, attention, overhead, kernels)]
 
 
 def replace_block(text: str, name: str, lines: list[str], title: str | None = None) -> str:
@@ -75,7 +75,7 @@ def measure(section: Section, options: Options, command: str) -> dict[str, Any]:
 def main() -> None:
     known = [section.name for section in SECTIONS]
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(known)}; default: all")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(known)}; default: all but avx2")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="measure these shapes alone; writes nothing"
     )
@@ -93,7 +93,11 @@ def main() -> None:
     print({name: round(rate, 1) for name, rate in peak.items()}, flush=True)
     told = Options(options.threads, options.turns, peak, options.only)
     command = " ".join(["python -m benches", *sys.argv[1:]])
-    chosen = [section for section in SECTIONS if not options.sections or section.name in options.sections]
+    chosen = [
+        section
+        for section in SECTIONS
+        if section.name in options.sections or not options.sections and section.by_default
+    ]
     new = {section.name: measure(section, told, command) for section in chosen}
     if options.dry or options.only:
         return

@@ -46,6 +46,7 @@ class Section:
     title: str
     measure: Callable[[Options], list[Row]]
     markdown: Callable[[list[Row], dict[str, Any]], list[str]]
+    by_default: bool = True  # or only where it is named
 
 
 class Side(Protocol):
