@@ -96,7 +96,7 @@ def main() -> None:
     chosen = [
         section
         for section in SECTIONS
-        if section.name in options.sections or not options.sections and section.by_default
+        if section.name in options.sections or (not options.sections and section.by_default)
     ]
     new = {section.name: measure(section, told, command) for section in chosen}
     if options.dry or options.only:
