@@ -28,33 +28,36 @@ def test_defaults_are_the_base_model_of_the_paper_with_the_norms_first():
     [
         ({"d_model": 10, "n_heads": 3}, "n_heads"),
         ({"d_model": 0}, "d_model"),
-        ({"src_vocab": -1}, "-1"),
+        ({"src_vocab": -1}, "argument `src_vocab`: expected a whole number from 0, got -1"),
         ({"n_encoder_layers": 0}, "n_encoder_layers"),
-        ({"d_model": 64.5}, "64.5"),
-        ({"d_model": "64"}, "64"),
+        ({"d_model": 64.5}, "argument `d_model`: expected a whole number from 0, got 64.5"),
+        ({"d_model": "64"}, "argument `d_model`: expected a whole number from 0, got '64'"),
+        ({"d_model": True}, "argument `d_model`: expected a whole number from 0, got True"),
+        ({"final_norm": "yes"}, "argument `final_norm`: expected True or False or None, got 'yes'"),
         ({"dropout": 1.0}, "dropout"),
         ({"dropout": -0.1}, "dropout"),
-        ({"dropout": float("nan")}, "TransformerConfig"),
+        ({"dropout": float("nan")}, "argument `dropout`: expected a finite number, got nan"),
+        ({"dropout": "0.1"}, "argument `dropout`: expected a finite number, got '0.1'"),
         ({"norm_eps": 0.0}, "norm_eps"),
-        ({"norm": "group"}, "group"),
-        ({"norm_first": 1}, "1"),
-        ({"activation": "tanh"}, "tanh"),
-        ({"positions": "rotary"}, "rotary"),
+        ({"norm": "group"}, 'argument `norm`: expected "layer", "rms" or "batch", got \'group\''),
+        ({"norm_first": 1}, "argument `norm_first`: expected True or False, got 1"),
+        ({"activation": "tanh"}, "argument `activation`: expected"),
+        ({"positions": "rotary"}, "argument `positions`: expected"),
         ({"positions": "learned"}, "max_positions"),
         ({"positions": "learned", "max_positions": 0}, "max_positions"),
         ({"tie_embeddings": "all"}, "vocabularies"),
-        ({"tie_embeddings": "source"}, "source"),
+        ({"tie_embeddings": "source"}, 'argument `tie_embeddings`: expected "target", "all" or None, got \'source\''),
         ({"eos_id": 13}, "eos_id"),
         ({"bos_id": 2}, "bos_id"),
         ({"pad_id": 1}, "pad_id"),
-        ({"d_model": np.zeros(3)}, "TransformerConfig"),
-        ({"d_model": object()}, "TransformerConfig"),
+        ({"d_model": np.zeros(3)}, "argument `d_model`: expected a whole number from 0"),
+        ({"d_model": object()}, "argument `d_model`: expected a whole number from 0"),
     ],
 )
 def test_impossible_values_are_refused_by_name(values, text):
     with pytest.raises(tr.ConfigError) as raised:
         config(**values)
-    assert text in str(raised.value)
+    assert str(raised.value).startswith("TransformerConfig: ") and text in str(raised.value)
 
 
 @pytest.mark.parametrize(

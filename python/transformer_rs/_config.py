@@ -2,13 +2,39 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from ._values import as_json
 from .errors import ConfigError
 
+Activation: TypeAlias = Literal["relu", "gelu", "gelu_tanh", "silu", "glu", "swiglu"]
+Norm: TypeAlias = Literal["layer", "rms", "batch"]
 C = TypeVar("C", bound="Checked")
+
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    int: ((int, np.integer), "a whole number from 0"),
+    float: ((int, float, np.integer, np.floating), "a finite number"),
+    bool: ((bool, np.bool_), "True or False"),
+    type(None): ((type(None),), "None"),
+}
+
+
+def _expected(value: Any, hint: Any) -> list[str]:
+    """What a field of this type takes, in words; nothing where `value` is that."""
+    if hint in _KINDS:
+        types, words = _KINDS[hint]
+        fits = isinstance(value, types) and isinstance(value, bool) <= (hint is bool)
+        if fits and hint in (int, float):
+            fits = 0 <= value < 2**63 if hint is int else isinstance(value, int) or math.isfinite(value)
+        return [] if fits else [words]
+    if get_origin(hint) is Literal:
+        return [] if isinstance(value, str) and value in get_args(hint) else [f'"{one}"' for one in get_args(hint)]
+    each = [_expected(value, one) for one in get_args(hint)]
+    return [words for one in each for words in one] if all(each) else []
 
 
 class Checked:
@@ -35,7 +61,17 @@ class Checked:
 
     def __post_init__(self) -> None:
         """Let the engine check every field; they stay as it reads them (NumPy's numbers become Python's)."""
-        checked = json.loads(type(self)._check(as_json(type(self).__name__, self.to_dict())))
+        op, hints = type(self).__name__, get_type_hints(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if expected := _expected(value, hints[field.name]):
+                words = " or ".join([", ".join(expected[:-1]), expected[-1]] if expected[1:] else expected)
+                raise ConfigError(f"{op}: argument `{field.name}`: expected {words}, got {value!r}")
+        try:
+            checked = json.loads(type(self)._check(as_json(op, self.to_dict())))
+        except ConfigError as error:
+            text = str(error)
+            raise error if text.startswith(op) else ConfigError(f"{op}: {text}") from None
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from . import _core
-from ._config import Checked
+from ._config import Activation, Checked, Norm
 
 __all__ = ["TransformerConfig"]
 
@@ -60,11 +60,11 @@ class TransformerConfig(Checked):
     n_decoder_layers: int = 6
     d_ff: int = 2048
     dropout: float = 0.1
-    norm: Literal["layer", "rms", "batch"] = "layer"
+    norm: Norm = "layer"
     norm_first: bool = True
     final_norm: bool | None = None
     norm_eps: float = 1e-5
-    activation: Literal["relu", "gelu", "gelu_tanh", "silu", "glu", "swiglu"] = "relu"
+    activation: Activation = "relu"
     bias: bool = True
     head_bias: bool = True
     positions: Literal["sinusoidal", "learned", "none"] = "sinusoidal"

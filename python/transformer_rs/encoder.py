@@ -8,7 +8,7 @@ import numpy as np
 
 from . import _core
 from ._arrays import ArrayLike, FloatArray, Ids, as_ids, as_precision, as_rows, is_list
-from ._config import Checked
+from ._config import Activation, Checked, Norm
 from ._vjp import Forward, Recorded, method
 from .errors import ConfigError, DTypeError, ShapeError
 from .nn._layer import Layer, choice, flag
@@ -70,12 +70,12 @@ class EncoderConfig(Checked):
     n_layers: int = 12
     d_ff: int = 3072
     dropout: float = 0.1
-    norm: Literal["layer", "rms", "batch"] = "layer"
+    norm: Norm = "layer"
     norm_first: bool = False
     final_norm: bool | None = None
     embedding_norm: bool = True
     norm_eps: float = 1e-12
-    activation: Literal["relu", "gelu", "gelu_tanh", "silu", "glu", "swiglu"] = "gelu"
+    activation: Activation = "gelu"
     bias: bool = True
     positions: Literal["learned", "sinusoidal", "none"] = "learned"
     max_positions: int | None = 512

@@ -3,15 +3,11 @@
 from typing import Any
 
 from .. import _core
-from .._arrays import (
-    ArrayLike,
-    as_positive,
-    as_probability,
-    as_size,
-)
+from .._arrays import ArrayLike, as_positive, as_probability, as_size
+from .._config import Activation, Norm
 from .._vjp import Forward, method
 from ..errors import DTypeError
-from ._layer import ACTIVATIONS, NORMS, Activation, Layer, Norm, choice, flag
+from ._layer import ACTIVATIONS, NORMS, Layer, choice, flag
 
 
 class _Block(Layer):

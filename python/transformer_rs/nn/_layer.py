@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from typing import Any, Literal, TypeAlias
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,11 @@ from .._arrays import (
     as_weights,
     is_list,
 )
+from .._config import Activation, Norm
 from .._vjp import Forward, Recorded
 from ..errors import ConfigError, DTypeError, ShapeError
 
-Activation: TypeAlias = Literal["relu", "gelu", "gelu_tanh", "silu", "glu", "swiglu"]
-Norm: TypeAlias = Literal["layer", "rms", "batch"]
+ACTIVATIONS, NORMS = get_args(Activation), get_args(Norm)
 
 
 def flag(op: str, name: str, value: Any) -> bool:
@@ -38,10 +38,6 @@ def choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> str:
         expected = ", ".join(f'"{choice}"' for choice in choices)
         raise ConfigError(f'{op}: argument `{name}`: expected {expected}, got {value!r}; did you mean "{nearest}"?')
     return str(value)
-
-
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "glu", "swiglu")
-NORMS = ("layer", "rms", "batch")
 
 
 class Layer:

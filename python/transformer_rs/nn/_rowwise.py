@@ -13,9 +13,10 @@ from .._arrays import (
     as_size,
     is_list,
 )
+from .._config import Activation
 from .._vjp import Forward, Recorded, method
 from ..errors import ShapeError
-from ._layer import ACTIVATIONS, Activation, Layer, choice, flag
+from ._layer import ACTIVATIONS, Layer, choice, flag
 
 
 class Linear(Layer):
