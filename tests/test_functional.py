@@ -1,5 +1,6 @@
 """The functions against plain NumPy."""
 
+import inspect
 import math
 import re
 
@@ -186,6 +187,12 @@ def test_padding_gives_zeros_and_is_not_read():
     for i, n in enumerate(lengths):
         np.testing.assert_allclose(y[i, :, :n], expected[i], rtol=1e-12)
         assert not y[i, :, n:].any() and not weights[i, :, n:].any() and not weights[i, :, :, n:].any()
+
+
+def test_attention_shows_its_arguments_and_refuses_others_under_its_name():
+    assert {"keep", "block", "lengths", "causal"} < set(inspect.signature(F.attention).parameters)
+    with pytest.raises(TypeError, match=r"^attention\(\) got an unexpected keyword argument 'mask'"):
+        F.attention(Q, K, K, mask=np.ones((3, 5), bool))
 
 
 def test_attention_dropout_repeats_with_its_seed():

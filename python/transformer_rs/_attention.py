@@ -18,11 +18,50 @@ from ._arrays import (
     as_seed,
     four_axes,
 )
-from ._vjp import Forward, Recorded, register
+from ._vjp import Forward, Recorded, differentiable
 from .errors import ConfigError, DTypeError, ShapeError
 
 
-def _attention(
+@overload
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    lengths: ArrayLike | None = None,
+    query_lengths: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    causal: bool = False,
+    query_start: ArrayLike | None = None,
+    keep: ArrayLike | None = None,
+    block: ArrayLike | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    return_weights: Literal[False] = False,
+) -> FloatArray: ...
+@overload
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    lengths: ArrayLike | None = None,
+    query_lengths: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    causal: bool = False,
+    query_start: ArrayLike | None = None,
+    keep: ArrayLike | None = None,
+    block: ArrayLike | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    return_weights: Literal[True],
+) -> tuple[FloatArray, FloatArray]: ...
+@differentiable  # type: ignore[misc]  # with `return_weights` it is a pair
+def attention(
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike,
@@ -40,6 +79,52 @@ def _attention(
     seed: int | None = None,
     return_weights: bool = False,
 ) -> Forward:
+    """Scaled dot-product attention: softmax(scale · q kᵀ + bias) v, per sequence and head.
+
+    Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1. No (L, M) matrix is kept, for the gradient neither.
+    A query with no key left gives zeros and has zero gradient. Keys that are not kept are not read, NaN or not.
+
+    Args:
+        q: (B, H, L, K)
+        k: (B, H', M, K), where H' divides H: query heads share key heads in turn.
+        v: (B, H', M, K)
+        bias: (L, M), (B, L, M) or (B, H, L, M), 1 allowed per axis; added to the scaled scores. Given by position it
+            gets a gradient, by keyword it is a constant.
+        lengths: (B,) real queries and keys of each sequence, where L = M; rows behind are padding and give zeros.
+        query_lengths: (B,) real queries alone.
+        key_lengths: (B,) real keys alone.
+        causal: A query sees the keys up to its own position. Needs L = M, or ``query_start``.
+        query_start: Position of the first query among the keys, one number or (B,).
+        keep: Booleans shaped like ``bias``, True: may attend.
+        block: Booleans shaped like ``bias``, True: may not attend. All masks combine.
+        scale: What scores are multiplied with; None is 1/√K.
+        dropout: Probability to drop a weight; survivors are scaled by 1 / (1 − dropout).
+        seed: Of the dropout; None draws fresh entropy.
+        return_weights: Also return the weights, before dropout; no bit of the result changes.
+
+    Returns:
+        (B, H, L, K), with ``return_weights`` also (B, H, L, M).
+
+    Raises:
+        ShapeError: The arguments do not fit each other.
+        DTypeError: q, k, v or bias hold no floats, or a mask no booleans. A boolean mask by position is refused, because
+            half of the world means `keep` by it and half `block`.
+        ConfigError: A setting is outside its domain.
+
+    >>> import numpy as np
+    >>> import transformer_rs as tr
+    >>> q = k = np.zeros((1, 1, 3, 2))
+    >>> v = np.arange(6.0).reshape(1, 1, 3, 2)
+    >>> y, weights = tr.functional.attention(q, k, v, causal=True, return_weights=True)
+    >>> y[0, 0]
+    array([[0., 1.],
+           [1., 2.],
+           [2., 3.]])
+    >>> weights[0, 0].round(2)
+    array([[1.  , 0.  , 0.  ],
+           [0.5 , 0.5 , 0.  ],
+           [0.33, 0.33, 0.33]])
+    """
     op = "attention"
     if bias is not None and as_array(op, "bias", bias).dtype == np.bool_:
         message = "a boolean mask has to be named: keep=mask where True means `may attend`, block=mask where True means"
@@ -101,97 +186,3 @@ def _attention(
         return Recorded((y, weights) if return_weights else y, back, y.dtype, leave=leave)
 
     return forward
-
-
-@overload
-def attention(
-    q: ArrayLike,
-    k: ArrayLike,
-    v: ArrayLike,
-    bias: ArrayLike | None = None,
-    *,
-    lengths: ArrayLike | None = None,
-    query_lengths: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
-    causal: bool = False,
-    query_start: ArrayLike | None = None,
-    keep: ArrayLike | None = None,
-    block: ArrayLike | None = None,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    seed: int | None = None,
-    return_weights: Literal[False] = False,
-) -> FloatArray: ...
-@overload
-def attention(
-    q: ArrayLike,
-    k: ArrayLike,
-    v: ArrayLike,
-    bias: ArrayLike | None = None,
-    *,
-    lengths: ArrayLike | None = None,
-    query_lengths: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
-    causal: bool = False,
-    query_start: ArrayLike | None = None,
-    keep: ArrayLike | None = None,
-    block: ArrayLike | None = None,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    seed: int | None = None,
-    return_weights: Literal[True],
-) -> tuple[FloatArray, FloatArray]: ...
-def attention(
-    q: ArrayLike, k: ArrayLike, v: ArrayLike, bias: ArrayLike | None = None, **options: Any
-) -> FloatArray | tuple[FloatArray, FloatArray]:
-    """Scaled dot-product attention: softmax(scale · q kᵀ + bias) v, per sequence and head.
-
-    Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1. No (L, M) matrix is kept, for the gradient neither.
-    A query with no key left gives zeros and has zero gradient. Keys that are not kept are not read, NaN or not.
-
-    Args:
-        q: (B, H, L, K)
-        k: (B, H', M, K), where H' divides H: query heads share key heads in turn.
-        v: (B, H', M, K)
-        bias: (L, M), (B, L, M) or (B, H, L, M), 1 allowed per axis; added to the scaled scores. Given by position it
-            gets a gradient, by keyword it is a constant.
-        lengths: (B,) real queries and keys of each sequence, where L = M; rows behind are padding and give zeros.
-        query_lengths: (B,) real queries alone.
-        key_lengths: (B,) real keys alone.
-        causal: A query sees the keys up to its own position. Needs L = M, or ``query_start``.
-        query_start: Position of the first query among the keys, one number or (B,).
-        keep: Booleans shaped like ``bias``, True: may attend.
-        block: Booleans shaped like ``bias``, True: may not attend. All masks combine.
-        scale: What scores are multiplied with; None is 1/√K.
-        dropout: Probability to drop a weight; survivors are scaled by 1 / (1 − dropout).
-        seed: Of the dropout; None draws fresh entropy.
-        return_weights: Also return the weights, before dropout; no bit of the result changes.
-
-    Returns:
-        (B, H, L, K), with ``return_weights`` also (B, H, L, M).
-
-    Raises:
-        ShapeError: The arguments do not fit each other.
-        DTypeError: q, k, v or bias hold no floats, or a mask no booleans. A boolean mask by position is refused, because
-            half of the world means `keep` by it and half `block`.
-        ConfigError: A setting is outside its domain.
-
-    >>> import numpy as np
-    >>> import transformer_rs as tr
-    >>> q = k = np.zeros((1, 1, 3, 2))
-    >>> v = np.arange(6.0).reshape(1, 1, 3, 2)
-    >>> y, weights = tr.functional.attention(q, k, v, causal=True, return_weights=True)
-    >>> y[0, 0]
-    array([[0., 1.],
-           [1., 2.],
-           [2., 3.]])
-    >>> weights[0, 0].round(2)
-    array([[1.  , 0.  , 0.  ],
-           [0.5 , 0.5 , 0.  ],
-           [0.33, 0.33, 0.33]])
-    """
-    y: FloatArray | tuple[FloatArray, FloatArray] = _attention(q, k, v, bias, **options)(0).y
-    return y
-
-
-register(attention, _attention)
