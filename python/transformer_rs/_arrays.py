@@ -34,17 +34,25 @@ def as_array(op: str, name: str, value: ArrayLike) -> NDArray[Any]:
         raise DTypeError(f"{message}; pass a NumPy array") from error
 
 
-def _float_type(op: str, name: str, array: NDArray[Any]) -> np.dtype[Any]:
+def _wrong_kind(op: str, name: str, expected: str, value: ArrayLike, array: NDArray[Any], remedy: str) -> DTypeError:
+    """The error for numbers of another kind, or for what are no numbers at all."""
+    got = str(array.dtype)
+    if array.dtype.kind not in "biufc":
+        remedy = f"pass {expected}"
+        got = "text" if array.dtype.kind in "US" else f"an array of {got}" if array.ndim else type(value).__name__
+    return DTypeError(f"{op}: argument `{name}`: expected {expected}, got {got}; {remedy}")
+
+
+def _float_type(op: str, name: str, value: ArrayLike, array: NDArray[Any]) -> np.dtype[Any]:
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-        remedy = "convert it to float32 or float64"
-        raise DTypeError(f"{op}: argument `{name}`: expected floats, got {array.dtype}; {remedy}")
+        raise _wrong_kind(op, name, "floats", value, array, "convert it to float32 or float64")
     return np.dtype(np.float32) if array.dtype.itemsize < 8 else np.dtype(np.float64)
 
 
 def as_float(op: str, name: str, value: ArrayLike, dtype: Any = np.float32) -> FloatArray:
     """One array of floats as `dtype`."""
     array = as_array(op, name, value)
-    _float_type(op, name, array)
+    _float_type(op, name, value, array)
     return np.require(array, dtype, ["C", "A"])
 
 
@@ -74,7 +82,11 @@ def as_floats(
     """Arrays of floats in their common type: f64 if one of them is f64, f32 otherwise. Optional ones may be None."""
     given = needed | {name: value for name, value in optional.items() if value is not None}
     arrays = {name: as_array(op, name, value) for name, value in given.items()}
-    dtype = np.result_type(*[_float_type(op, name, array) for name, array in arrays.items()])
+    dtype = np.result_type(*[_float_type(op, name, given[name], array) for name, array in arrays.items()])
+    for name, array in arrays.items():
+        if array.ndim == 0:
+            message = "expected an array with at least one axis, got a single number"
+            raise ShapeError(f"{op}: argument `{name}`: {message}")
     ready = {name: np.require(array, dtype, ["C", "A"]) for name, array in arrays.items()}
     return [ready[name] for name in needed], [ready.get(name) for name in optional]
 
@@ -93,7 +105,7 @@ def as_ints(op: str, name: str, value: ArrayLike) -> IntArray:
     if array.size == 0 and not isinstance(value, np.ndarray) and not hasattr(value, "dtype"):
         array = array.astype(np.int64)  # an empty list has no type of its own
     if array.dtype.kind not in "iu":
-        raise DTypeError(f"{op}: argument `{name}`: expected integers, got {array.dtype}; convert with .astype(int)")
+        raise _wrong_kind(op, name, "integers", value, array, "convert with .astype(int)")
     if array.dtype == np.uint64 and array.size and int(array.max()) > np.iinfo(np.int64).max:
         raise TokenOutOfRangeError(f"{op}: argument `{name}`: {int(array.max())} is beyond every vocabulary")
     return np.require(array, np.int64, ["C", "A"])
