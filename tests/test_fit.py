@@ -334,6 +334,8 @@ class TestBadData:
         [
             ([], tr.ShapeError, "there are no pairs"),
             (3, tr.DTypeError, "expected pairs"),
+            ({0: ([3], [3])}, tr.DTypeError, "got dict"),
+            ([[3], [4], [5]], tr.ShapeError, r"list\(zip\(src, tgt\)\)"),
             ([([3], [3]), ([3], [])], tr.ShapeError, r"pairs\[1\]\.tgt"),
             ([([3], [3]), ([], [3])], tr.ShapeError, r"pairs\[1\]\.src"),
             ([([3], [3]), 5], tr.ShapeError, "pair 1: expected"),

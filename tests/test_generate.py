@@ -607,6 +607,9 @@ def test_settings_of_generators_are_checked_before_anything_is_read(options, err
     [
         ({"beam": 0}, tr.ConfigError, "beam"),
         ({"beams": 2}, tr.DTypeError, "did you mean `beam`"),
+        ({"num_beams": 2}, tr.DTypeError, "did you mean `beam`"),
+        ({"n_best": 2}, tr.DTypeError, "unexpected argument `n_best`; `hypotheses` takes it"),
+        ({"temperature": 1.0, "seed": True}, tr.DTypeError, "argument `seed`: expected a whole number, got bool"),
         ({"stream": True}, tr.DTypeError, "unexpected argument `stream`"),
         ({"patience": 0}, tr.ConfigError, "patience"),
         ({"patience": float("inf")}, tr.ConfigError, "patience"),
@@ -649,6 +652,15 @@ def test_settings_are_checked(options, error, text):
     with pytest.raises(error, match=text):
         model.generate([[3, 4], [3]], **options)
     assert len(model.generate([[3]])) == 1
+
+
+def test_errors_name_the_argument_that_was_passed():
+    model = model_of()
+    for name in ("lengths", "src_lengths"):
+        with pytest.raises(tr.ShapeError, match=f"argument `{name}`: expected lengths from 1 to 2"):
+            model.generate([[3, 4]], **{name: [3]})
+    with pytest.raises(tr.TokenOutOfRangeError, match=r"Transformer\.stream: argument `ids`: id 99"):
+        model.stream([99])
 
 
 def test_settings_of_hypotheses_are_checked():

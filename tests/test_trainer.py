@@ -282,9 +282,13 @@ def test_settings_are_checked_by_name(settings, error, text):
         trainer_of(**settings)
 
 
-def test_a_trainer_wants_a_model():
+def test_a_trainer_wants_a_model_and_objects_with_settings():
     with pytest.raises(tr.DTypeError, match="`model`"):
         tr.Trainer(model_of().config)
+    with pytest.raises(tr.DTypeError, match=r"an optimizer such as tr\.AdamW\(\), got the class AdamW"):
+        trainer_of(optimizer=tr.AdamW)
+    with pytest.raises(tr.DTypeError, match=r"a schedule such as .*, got the class Noam"):
+        trainer_of(schedule=tr.schedules.Noam)
 
 
 def test_a_fresh_seed_is_kept():

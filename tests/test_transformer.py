@@ -322,6 +322,10 @@ class TestTorchNames:
         del state["tgt.weight"]
         tr.Transformer.from_torch(state, small(tie_embeddings="target"))
 
+    def test_a_module_is_not_its_arrays(self):
+        with pytest.raises(tr.DTypeError, match=r"got Transformer; pass its state_dict\(\)"):
+            tr.Transformer.from_torch(model_of(), small())
+
     @pytest.mark.parametrize(("values", "text"), [({"norm": "rms"}, "norm"), ({"activation": "swiglu"}, "activation")])
     def test_what_pytorch_lacks(self, values, text):
         with pytest.raises(tr.ConfigError, match=text):

@@ -148,6 +148,10 @@ def test_other_callables_are_refused_with_the_way_out():
             tr.vjp(f, np.ones(3))
     with pytest.raises(tr.DTypeError, match="expected a function or a layer, got int"):
         tr.vjp(3, np.ones(3))
+    model = tr.Transformer(tr.TransformerConfig(src_vocab=9, tgt_vocab=9, d_model=16, n_heads=2, d_ff=32))
+    for f in (model, model.generate):
+        with pytest.raises(tr.UnsupportedError, match=r"tr\.Trainer\(model\)\.gradients"):
+            tr.vjp(f, [[3]], [[3]])
     with pytest.raises(tr.ConfigError, match="at least one positional argument"):
         tr.vjp(F.relu, x=np.ones(3))
 

@@ -322,7 +322,7 @@ def as_size(op: str, name: str, value: Any, least: int = 1, most: int = 2**31 - 
     return int(value)
 
 
-def as_seed(op: str, value: int | None) -> int:
+def as_seed(op: str, value: Any) -> int:
     """A seed of 64 bits; fresh entropy for None."""
     if value is None:
         return int.from_bytes(os.urandom(8), "little")

@@ -50,8 +50,9 @@ def settings(
     known = DecodingOptions.__annotations__
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.7)
+            near = difflib.get_close_matches(name, known, 1, 0.6)
             hint = f"; did you mean `{near[0]}`?" if near else f"; expected one of {', '.join(known)}"
+            hint = "; `hypotheses` takes it" if name in ("n_best", "alternatives") else hint
             raise DTypeError(f"{op}: unexpected argument `{name}`{hint}")
     given = options.get
     processor = given("logits_processor")
@@ -95,7 +96,7 @@ def _sampling(op: str, options: Mapping[str, Any], sources: Ids | None) -> dict[
     temperature, top_k, top_p, min_p = (options.get(name) for name in names)
     seeds: int | list[int]
     if seed is None or isinstance(seed, int | np.integer):
-        seeds = as_seed(op, None if seed is None else int(seed))
+        seeds = as_seed(op, seed)
     else:
         if sources is None:
             raise ConfigError(f"{op}: argument `seed`: expected one int; source i uses (seed, i)")

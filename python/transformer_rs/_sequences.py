@@ -1,6 +1,6 @@
 """Sources and targets of a model: the rules about ids that are the same in every call."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,10 +13,17 @@ Packed: TypeAlias = tuple[IntArray, IntArray, IntArray, IntArray]
 """Source ids (R,), their lengths (B,), target ids (R',) without BOS and EOS, and their lengths (B,)."""
 
 
-def sources(op: str, config: TransformerConfig, src: ArrayLike, lengths: ArrayLike | None, name: str = "src") -> Ids:
+def sources(
+    op: str,
+    config: TransformerConfig,
+    src: ArrayLike,
+    lengths: ArrayLike | None,
+    name: str = "src",
+    lengths_name: str = "src_lengths",
+) -> Ids:
     """Source ids; they are never changed."""
     return as_ids(
-        op, name, src, vocabulary=config.src_vocab, lengths=lengths, lengths_name="src_lengths", pad_id=config.pad_id
+        op, name, src, vocabulary=config.src_vocab, lengths=lengths, lengths_name=lengths_name, pad_id=config.pad_id
     )
 
 
@@ -71,8 +78,8 @@ class Pairs:
     needed, after one look at their lengths."""
 
     def __init__(self, op: str, name: str, pairs: Any, config: TransformerConfig) -> None:
-        if not (hasattr(pairs, "__len__") and hasattr(pairs, "__getitem__")):
-            if not isinstance(pairs, Iterable):
+        if isinstance(pairs, Mapping) or not (hasattr(pairs, "__len__") and hasattr(pairs, "__getitem__")):
+            if isinstance(pairs, Mapping) or not isinstance(pairs, Iterable):
                 message = f"expected pairs of (source, target), got {type(pairs).__name__}"
                 raise DTypeError(f"{op}: argument `{name}`: {message}")
             pairs = list(pairs)
@@ -111,7 +118,7 @@ class Pairs:
             try:
                 one, other = self.pairs[int(i)]
             except (TypeError, ValueError):
-                message = f"pair {i}: expected (source, target)"
+                message = f"pair {i}: expected (source, target); two lists become pairs by list(zip(src, tgt))"
                 raise ShapeError(f"{self.op}: argument `{self.name}`: {message}") from None
             src.append(one)
             tgt.append(other)

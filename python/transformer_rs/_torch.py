@@ -46,7 +46,8 @@ def without(state: Mapping[str, ArrayLike], ignore: Sequence[str]) -> dict[str, 
     """What is left of a state_dict."""
     op = "Transformer.from_torch"
     if not isinstance(state, Mapping):
-        raise DTypeError(f"{op}: argument `state`: expected arrays by name, got {type(state).__name__}")
+        remedy = "; pass its state_dict()" if hasattr(state, "state_dict") else ""
+        raise DTypeError(f"{op}: argument `state`: expected arrays by name, got {type(state).__name__}{remedy}")
     patterns = as_texts(op, "ignore", ignore)
     return {key: a for key, a in state.items() if not any(fnmatchcase(str(key), pattern) for pattern in patterns)}
 

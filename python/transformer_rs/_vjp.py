@@ -167,6 +167,9 @@ def vjp(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Any, Pullb
     forward = _forward_of(f)
     if forward is None:
         name = getattr(f, "__name__", type(f).__name__)
+        if isinstance(getattr(getattr(f, "__self__", f), "_core", None), _core.Transformer):
+            remedy = "tr.Trainer(model).gradients(src, tgt) gives those of its loss"
+            raise UnsupportedError(f"vjp: argument `f`: a whole tr.Transformer has no pullback; {remedy}")
         raise UnsupportedError(
             f"vjp: argument `f`: {name} is no function of tr.functional and no layer of tr.nn. Chain the pullbacks of "
             "those it calls:\n"

@@ -16,7 +16,6 @@ from .nn._layer import Layer, choice, flag
 __all__ = ["EncoderConfig", "EncoderModel"]
 
 Pooling = Literal["mean", "cls", "none"]
-POOLINGS = ("mean", "cls", "none")
 M = TypeVar("M", bound="EncoderModel")
 
 
@@ -250,9 +249,9 @@ class EncoderModel(Layer):
         True
         """
         op, key = f"{type(self).__name__}.embed", self._seed_of(training, seed)
-        kind = self._config.pooling if pooling is None else choice(op, "pooling", pooling, POOLINGS)
+        kind = self._config.pooling if pooling is None else choice(op, "pooling", pooling, ("mean", "cls"))
         if kind == "none":
-            raise ConfigError(f'{op}: argument `pooling`: expected "mean" or "cls"; pooling is "none" here')
+            raise ConfigError(f'{op}: argument `pooling`: expected "mean" or "cls", for the config says "none"')
         unit = self._config.normalize if normalize is None else flag(op, "normalize", normalize)
         batch, types = self._read(op, ids, token_types, lengths)
         return self._sequence_vectors(batch, types, key, kind, unit, False)

@@ -168,7 +168,7 @@ class Generation:
         True
         """
         op = "Transformer.stream"
-        source = sources(op, self._config, [ids], None)
+        source = sources(op, self._config, [ids], None, "ids")
         asked = settings(op, self._config, options, source)
         if asked["beam"] > 1:
             message = "a search over several hypotheses knows no token before its end"
@@ -230,7 +230,9 @@ class Generation:
     def _sources(self, op: str, src: ArrayLike, lengths: Any, src_lengths: Any) -> Ids:
         if lengths is not None and src_lengths is not None:
             raise ConfigError(f"{op}: `lengths` and `src_lengths` are two names of one argument; pass one of them")
-        return sources(op, self._config, src, src_lengths if lengths is None else lengths)
+        if lengths is None:
+            return sources(op, self._config, src, src_lengths)
+        return sources(op, self._config, src, lengths, lengths_name="lengths")
 
     def _hypothesis(self, source: IntArray, found: "_Found", version: int) -> Hypothesis:
         ids, score, token_logprobs, finished, likeliest = found

@@ -109,12 +109,14 @@ class Trainer:
         self._model = model
         self._optimizer: Optimizer = AdamW() if optimizer is None else optimizer
         self._schedule: Schedule = Constant() if schedule is None else schedule
-        for name, value, kind in (
-            ("model", model, Transformer), ("optimizer", self._optimizer, Optimizer), ("schedule", self._schedule, Schedule),
-        ):  # fmt: skip
+        for name, value, kind, expected in (
+            ("model", model, Transformer, "a tr.Transformer"),
+            ("optimizer", self._optimizer, Optimizer, "an optimizer such as tr.AdamW()"),
+            ("schedule", self._schedule, Schedule, "a schedule such as tr.schedules.Noam(warmup=400)"),
+        ):
             if not isinstance(value, kind):
-                message = f"expected a {kind.__name__}, got {type(value).__name__}"
-                raise DTypeError(f"{op}: argument `{name}`: {message}")
+                got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+                raise DTypeError(f"{op}: argument `{name}`: expected {expected}, got {got}")
         if compute not in ("f32", "bf16", "auto"):
             raise ConfigError(f"{op}: argument `compute`: expected 'f32', 'bf16' or 'auto', got {compute!r}")
         settings = {
