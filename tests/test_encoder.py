@@ -383,8 +383,14 @@ class TestBert:
         folder = write_folder(tmp_path, state)
         (folder / "tokenizer.json").write_text("{}")
         monkeypatch.setitem(sys.modules, "tokenizers", None)
-        with pytest.raises(ImportError, match=r"pip install 'transformer_rs\[tokenizers\]'"):
-            tr.Bert.from_pretrained(folder).embed(["text"])
+        bert = tr.Bert.from_pretrained(folder)
+        bert.save(tmp_path / "saved")
+        with pytest.raises(tr.ConfigError, match=r"no tokenizer\.json beside the model"):
+            tr.Bert.load(tmp_path / "saved").embed(["text"])
+        (tmp_path / "saved" / "tokenizer.json").write_text("{}")
+        for one in (bert, bert.quantize(), pickle.loads(pickle.dumps(bert)), tr.Bert.load(tmp_path / "saved")):
+            with pytest.raises(ImportError, match=r"pip install 'transformer_rs\[tokenizers\]'"):
+                one.embed(["text"])
 
 
 class TestMiniLM:

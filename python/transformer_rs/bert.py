@@ -46,7 +46,8 @@ class Bert(EncoderModel):
     """BERT (Devlin and others 2019) and the sentence encoders made of it (Reimers and Gurevych 2019).
 
     An :class:`EncoderModel` that reads the files of Hugging Face and takes texts. ``save`` and ``load`` keep the weights
-    and the config in the format of this package; the tokenizer stays where it is.
+    and the config in the format of this package. ``save`` leaves the tokenizer where it is: copy ``tokenizer.json``
+    beside the model and ``load`` finds it there.
 
     Args:
         config: What the model is made of.
@@ -104,6 +105,27 @@ class Bert(EncoderModel):
         model = cls._of(_core.Layer.blank_encoder(config.to_json(), "f32"))
         model._folder = folder
         model.load_state_dict(_ours(op, folder, arrays))
+        return model
+
+    @classmethod
+    def load(cls: type[B], folder: "str | os.PathLike[str]") -> B:
+        """Read a model that :meth:`save` wrote; a ``tokenizer.json`` in the folder is its tokenizer.
+
+        Raises:
+            CheckpointError: Files that are damaged, or that do not fit each other.
+            StorageError: The file system refused.
+
+        >>> import tempfile
+        >>> import transformer_rs as tr
+        >>> bert = tr.Bert(tr.EncoderConfig(vocab=99, d_model=32, n_heads=4, n_layers=1, d_ff=64), seed=0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     bert.save(folder)
+        ...     again = tr.Bert.load(folder)
+        >>> bool((again.embed([[5, 6]]) == bert.embed([[5, 6]])).all())
+        True
+        """
+        model = super().load(folder)
+        model._folder = os.fspath(folder)
         return model
 
     @method
@@ -203,7 +225,7 @@ class Bert(EncoderModel):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the config, the weights, and where the tokenizer is."""
-        return _revive, (type(self), self._config, self.seed, self._folder, self.state_dict(), self.precision)
+        return (*super().__reduce__(), {"_folder": self._folder})
 
     def _like(self: B, core: _core.Layer) -> B:
         model = super()._like(core)
@@ -212,20 +234,6 @@ class Bert(EncoderModel):
 
 
 _embed_ids = EncoderModel.embed.__wrapped__  # type: ignore[attr-defined]
-
-
-def _revive(
-    cls: type[B],
-    config: EncoderConfig,
-    seed: int | None,
-    folder: str | None,
-    state: dict[str, Any],
-    precision: str = "f32",
-) -> B:
-    model = cls._of(_core.Layer.blank_encoder(config.to_json(), precision), seed)
-    model.load_state_dict(state)
-    model._folder = folder
-    return model
 
 
 def _json(op: str, path: str, default: Any = None) -> Any:
