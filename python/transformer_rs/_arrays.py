@@ -99,6 +99,16 @@ def as_bool(op: str, name: str, value: ArrayLike) -> BoolArray:
     return np.require(array, np.bool_, ["C", "A"])
 
 
+def not_a_mask(op: str, name: str, dtype: Any) -> None:
+    """Refuse booleans where none are meant: half of the world means `keep` by a mask and half `block`."""
+    if dtype == np.bool_:
+        keep, block = "`may attend`, as PyTorch's SDPA", "`may not`, as its key_padding_mask"
+        message = (
+            f"a boolean mask has to be named: keep=mask where True means {keep}; block=mask where it means {block}"
+        )
+        raise DTypeError(f"{op}: argument `{name}`: {message}")
+
+
 def as_ints(op: str, name: str, value: ArrayLike) -> IntArray:
     """An array of whole numbers of any integer kind, as int64."""
     array = as_array(op, name, value)
@@ -165,6 +175,13 @@ class Batch:
         padded = np.zeros((*self.shape, *rows.shape[1:]), rows.dtype)
         padded[self.keep] = rows
         return padded
+
+    def take(self, dy: ArrayLike) -> FloatArray:
+        """The gradient of what :meth:`give_back` gave, as packed rows."""
+        rows, other = as_rows("pullback", "dy", dy, None if is_list(dy) else self.lengths)
+        if other.width != self.width or not np.array_equal(other.lengths, self.lengths):
+            raise ShapeError("pullback: argument `dy`: expected the form and the shapes of y")
+        return rows
 
 
 @dataclass(frozen=True)

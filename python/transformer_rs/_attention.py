@@ -17,9 +17,10 @@ from ._arrays import (
     as_probability,
     as_seed,
     four_axes,
+    not_a_mask,
 )
 from ._vjp import Forward, Recorded, differentiable
-from .errors import ConfigError, DTypeError, ShapeError
+from .errors import ConfigError, ShapeError
 
 
 @overload
@@ -126,11 +127,8 @@ def attention(
            [0.33, 0.33, 0.33]])
     """
     op = "attention"
-    if bias is not None and as_array(op, "bias", bias).dtype == np.bool_:
-        message = "a boolean mask has to be named: keep=mask where True means `may attend`, block=mask where True means"
-        raise DTypeError(
-            f"{op}: argument `bias`: {message} `may not` (as PyTorch's key_padding_mask and, inverted, SDPA)"
-        )
+    if bias is not None:
+        not_a_mask(op, "bias", as_array(op, "bias", bias).dtype)
     (q, k, v), (bias,) = as_floats(op, {"q": q, "k": k, "v": v}, bias=bias)
     for name, array in (("q", q), ("k", k), ("v", v)):
         if array.ndim != 4 or 0 in array.shape[:2] or array.shape[3] == 0:

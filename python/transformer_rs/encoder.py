@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from . import _core
-from ._arrays import ArrayLike, FloatArray, Ids, as_ids, as_precision, as_rows, is_list
+from ._arrays import ArrayLike, FloatArray, Ids, as_ids, as_precision, is_list
 from ._config import Activation, Checked, Norm
 from ._vjp import Forward, Recorded, method
 from .errors import ConfigError, DTypeError, ShapeError
@@ -144,13 +144,9 @@ class EncoderModel(Layer):
         return self._core.precision()
 
     def quantize(self: M, precision: Literal["int8"] = "int8") -> M:
-        """Make a model whose linear maps multiply in int8; this one stays as it is.
+        """Make a model whose linear maps, all but the head, multiply in int8; this one stays as it is.
 
-        Weights become int8 with a scale for each output, the nearest of 255 values up to its largest magnitude
-        (symmetric, per channel); inputs are brought to int8 when they come, with a scale for each row, so that nothing
-        needs calibration (Dettmers et al. 2022 call it vector-wise). Sums are exact, on every CPU, and a sequence's bits
-        do not depend on what else is in the batch. Embeddings, norms, attention over keys and values, and the model's own head stay
-        f32. The weights of linear maps take a quarter of the memory, in files too. The result is not trained.
+        What happens to the numbers is said at :meth:`Transformer.quantize`.
 
         Args:
             precision: ``"int8"``.
@@ -309,15 +305,9 @@ class EncoderModel(Layer):
         return self._core.encode(gradients, key, batch.ids, types, batch.lengths.tolist(), kind, unit, logits)
 
     def _tokens(self, batch: Ids, types: Any, key: int | None, logits: bool) -> Forward:
-        def enter(dy: ArrayLike) -> FloatArray:
-            given, other = as_rows("pullback", "dy", dy, None if is_list(dy) else batch.lengths)
-            if other.width != batch.width or not np.array_equal(other.lengths, batch.lengths):
-                raise ShapeError("pullback: argument `dy`: expected the form and the shapes of y")
-            return given
-
         def forward(gradients: int) -> Recorded:
             y, back = self._encode(batch, types, key, gradients, None, False, logits)
-            return Recorded(batch.give_back(y), back, np.float32, enter)
+            return Recorded(batch.give_back(y), back, np.float32, batch.take)
 
         return forward
 

@@ -18,6 +18,7 @@ from .._arrays import (
     as_seed,
     as_weights,
     is_list,
+    not_a_mask,
 )
 from .._config import Activation, Norm
 from .._vjp import Forward, Recorded
@@ -144,12 +145,6 @@ class Layer:
     ) -> Forward:
         """A call on packed rows; gradients come back in the forms of the arguments."""
 
-        def enter(dy: ArrayLike) -> FloatArray:
-            given, other = as_rows("pullback", "dy", dy, None if is_list(dy) else batch.lengths)
-            if other.width != batch.width or not np.array_equal(other.lengths, batch.lengths):
-                raise ShapeError("pullback: argument `dy`: expected the form and the shapes of y")
-            return given
-
         def leave(gradients: list[Any]) -> list[Any]:
             batches = [batch] if memory is None else [batch, memory[1]]
             pairs = zip(gradients, [*batches, None], strict=False)
@@ -158,7 +153,7 @@ class Layer:
         def forward(gradients: int) -> Recorded:
             other = None if memory is None else (memory[0], memory[1].lengths.tolist())
             y, back = self._core.forward(gradients, key, rows, batch.lengths.tolist(), other, causal, keep, memory_keep)
-            return Recorded(batch.give_back(y), back, np.float32, enter, leave)
+            return Recorded(batch.give_back(y), back, np.float32, batch.take, leave)
 
         return forward
 
@@ -180,11 +175,7 @@ class Layer:
         rows, batch = as_rows(op, "x", x, lengths)
         self._check_width("x", rows, "B, T")
         other, (b, l), m = None, batch.shape, batch.shape[1]
-        if getattr(memory, "dtype", None) == np.bool_:
-            message = (
-                "a boolean mask has to be named: keep=mask where True means `may attend`, block=mask where it means"
-            )
-            raise DTypeError(f"{op}: argument `memory`: {message} `may not`")
+        not_a_mask(op, "memory", getattr(memory, "dtype", None))
         if memory is not None:
             other = as_rows(op, "memory", memory, memory_lengths, "memory_lengths")
             self._check_width("memory", other[0], "B, M")

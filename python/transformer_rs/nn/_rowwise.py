@@ -5,17 +5,13 @@ import numpy as np
 from .. import _core
 from .._arrays import (
     ArrayLike,
-    FloatArray,
     as_ids,
     as_positive,
     as_probability,
-    as_rows,
     as_size,
-    is_list,
 )
 from .._config import Activation
 from .._vjp import Forward, Recorded, method
-from ..errors import ShapeError
 from ._layer import ACTIVATIONS, Layer, choice, flag
 
 
@@ -116,15 +112,9 @@ class Embedding(Layer):
         key = self._seed_of(training, seed)
         batch = as_ids("Embedding", "ids", ids, vocabulary=self._options["vocab"], lengths=lengths)
 
-        def enter(dy: ArrayLike) -> FloatArray:
-            given, other = as_rows("pullback", "dy", dy, None if is_list(dy) else batch.lengths)
-            if other.width != batch.width or not np.array_equal(other.lengths, batch.lengths):
-                raise ShapeError("pullback: argument `dy`: expected the form and the shapes of y")
-            return given
-
         def forward(gradients: int) -> Recorded:
             y, back = self._core.embed(gradients, key, batch.ids)
-            return Recorded(batch.give_back(y), back, np.float32, enter)
+            return Recorded(batch.give_back(y), back, np.float32, batch.take)
 
         return forward
 
