@@ -22,10 +22,6 @@ class profile:
     ``TRANSFORMER_RS_PROFILE=1`` in the environment does the same for a whole process and writes the table to stderr when
     it ends. Results are the same bits as without. While nothing is profiled, it costs nothing that can be measured.
 
-    Attributes:
-        rows: After the block, one dictionary for each row: ``operation``, ``part``, ``pass`` (forward, backward or
-            neither), ``sizes``, and sums over its ``calls``: ``rows`` (tokens), ``seconds``, ``flops``, ``bytes``.
-
     >>> import numpy as np, transformer_rs as tr
     >>> x = np.ones((1000, 64), np.float32)
     >>> with tr.profile() as measured:
@@ -52,6 +48,9 @@ class profile:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
+        """The rows in the order of their names, each a dictionary: ``operation``, ``part``, ``pass`` (forward, backward or
+        neither), ``sizes``, and sums over its ``calls``: ``rows`` (tokens), ``seconds``, ``flops``, ``bytes``.
+        """
         return self._profile.rows
 
     def __str__(self) -> str:

@@ -180,6 +180,9 @@ class Trainer:
             src_lengths: What is real of each source.
             tgt_lengths: What is real of each target.
 
+        Returns:
+            What the step did: the losses are those before its update.
+
         Raises:
             NonFiniteError: The loss or its gradient is not finite; nothing was changed.
             ShapeError: Batches that do not pair up, empty ones, a target that holds BOS or EOS.
@@ -211,6 +214,9 @@ class Trainer:
 
         Returns:
             What :meth:`step` would return, and the gradient of every trained parameter by name.
+
+        Raises:
+            TransformerRsError: As :meth:`step`.
 
         >>> import transformer_rs as tr
         >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=9, d_model=16, n_heads=2, d_ff=32)
@@ -254,6 +260,12 @@ class Trainer:
             pairs: As for :meth:`fit`.
             max_tokens: Real tokens of a batch, source plus target.
 
+        Returns:
+            Means over all target tokens, EOS included.
+
+        Raises:
+            TransformerRsError: As :meth:`fit` for data that do not fit the model.
+
         >>> import transformer_rs as tr
         >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=9, d_model=16, n_heads=2, d_ff=32)
         >>> trainer = tr.Trainer(tr.Transformer(config, seed=0), seed=0)
@@ -296,7 +308,7 @@ class Trainer:
             epochs: Ends of epochs to reach; an epoch under way counts as one.
             steps: Steps to make.
             minutes: Minutes of training; validation and callbacks do not count.
-            max_tokens: Real tokens of a batch, source plus target.
+            max_tokens: Real tokens of a batch, source plus target: about ``max_tokens / (mean length of a pair)`` pairs.
             accumulate: Batches whose gradients make one step.
             on_epoch: Called with the trainer and the record of every epoch; True stops.
             restore_best: In the end go back to the epoch with the lowest ``valid_loss``: weights, optimiser and step.

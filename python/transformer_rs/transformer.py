@@ -248,6 +248,11 @@ class Transformer(Generation):
         Returns:
             A list of f32 arrays (S_i, D), or one (B, S, D) with zeros at padding.
 
+        Raises:
+            ShapeError: An empty batch or source, lengths that do not fit, padding inside a sequence.
+            TokenOutOfRangeError: An id outside the vocabulary.
+            DTypeError: Ids that are no integers.
+
         >>> import transformer_rs as tr
         >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, d_ff=32)
         >>> [states.shape for states in tr.Transformer(config, seed=0).encode([[3, 4, 5], [6]])]
@@ -386,8 +391,12 @@ class Transformer(Generation):
 
         Args:
             state: Arrays by name; no PyTorch needed: ``{k: v.numpy() for k, v in module.state_dict().items()}``.
-            config: What the model is made of; ``final_norm`` is set from the names in `state`.
-            transformer, src_embedding, tgt_embedding, head, src_positions, tgt_positions: Names of the modules.
+            config: What the model is made of; ``final_norm`` is set from the names in `state`. What leaves no trace in
+                the arrays has to be said as PyTorch had it: ``n_heads``, ``norm_first``, ``norm_eps``, ``activation``,
+                ``scale_embeddings``, ``positions``.
+            transformer, src_embedding, tgt_embedding, head, src_positions, tgt_positions: What the module calls its
+                ``nn.Transformer``, its two ``nn.Embedding``, the ``nn.Linear`` that makes logits, and with
+                ``positions="learned"`` the ``nn.Embedding`` of positions.
             ignore: Patterns of names to pass over.
 
         Raises:
