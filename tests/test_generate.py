@@ -654,8 +654,19 @@ def test_settings_are_checked(options, error, text):
     assert len(model.generate([[3]])) == 1
 
 
-def test_errors_name_the_argument_that_was_passed():
+def test_errors_name_the_call_and_the_argument_that_was_passed():
     model = model_of()
+    for call in (model.generate, model.hypotheses, model.generate_iter):
+        with pytest.raises(tr.ConfigError, match=rf"^Transformer\.{call.__name__}: top_p = 2"):
+            call([[3, 4]], top_p=2)
+    with pytest.raises(tr.ConfigError, match=r"^Transformer\.stream: top_p = 2"):
+        model.stream([3, 4], top_p=2)
+
+    def refuse(ids, logits):
+        raise tr.ShapeError("mine")
+
+    with pytest.raises(tr.ShapeError, match=r"^mine$"):
+        model.generate([[3, 4]], logits_processor=refuse)
     for name in ("lengths", "src_lengths"):
         with pytest.raises(tr.ShapeError, match=f"argument `{name}`: expected lengths from 1 to 2"):
             model.generate([[3, 4]], **{name: [3]})

@@ -291,6 +291,21 @@ def test_a_trainer_wants_a_model_and_objects_with_settings():
         trainer_of(schedule=tr.schedules.Noam)
 
 
+def test_errors_of_the_compiled_part_name_the_call():
+    model = model_of()
+    with pytest.raises(tr.ShapeError, match=r"^Trainer\.apply: .*head\.weight"):
+        trainer_of().apply({})
+    with pytest.raises(tr.CheckpointError, match=r"^Transformer\.load_state_dict: .*head\.weight"):
+        model.load_state_dict({})
+    with pytest.raises(tr.UnsupportedError, match=r"^Trainer: .*int8"):
+        tr.Trainer(model.quantize())
+    layer = tr.nn.Linear(2, 2)
+    with pytest.raises(tr.ShapeError, match=r"^AdamW\.update: .*bias"):
+        tr.AdamW().update(layer, {})
+    with pytest.raises(tr.CheckpointError, match=r"^Linear\.load_state_dict: .*bias"):
+        layer.load_state_dict({})
+
+
 def test_a_fresh_seed_is_kept():
     one, other = tr.Trainer(model_of()), tr.Trainer(model_of())
     assert one.seed != other.seed

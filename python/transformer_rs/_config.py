@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args, get_ori
 
 import numpy as np
 
-from ._values import as_json
+from ._values import as_json, named
 from .errors import ConfigError
 
 Activation: TypeAlias = Literal["relu", "gelu", "gelu_tanh", "silu", "glu", "swiglu"]
@@ -43,10 +43,8 @@ class Checked:
     _needed: ClassVar[tuple[str, ...]]
     """Fields without a default."""
 
-    @staticmethod
-    def _check(text: str) -> str:
-        """Take JSON, give it back as the engine reads it."""
-        raise NotImplementedError
+    _check: ClassVar[Any]
+    """Takes JSON, gives it back as the engine reads it."""
 
     def __new__(cls: type[C], *_: Any, **values: Any) -> C:
         """Refuse unknown keys before the fields are set, naming the nearest."""
@@ -67,11 +65,10 @@ class Checked:
             if expected := _expected(value, hints[field.name]):
                 words = " or ".join([", ".join(expected[:-1]), expected[-1]] if expected[1:] else expected)
                 raise ConfigError(f"{op}: argument `{field.name}`: expected {words}, got {value!r}")
-        try:
-            checked = json.loads(type(self)._check(as_json(op, self.to_dict())))
-        except ConfigError as error:
-            text = str(error)
-            raise error if text.startswith(op) else ConfigError(f"{op}: {text}") from None
+        text = as_json(op, self.to_dict())
+        with named(op):
+            text = self._check(text)
+        checked = json.loads(text)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

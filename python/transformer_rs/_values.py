@@ -3,10 +3,27 @@
 import json
 import math
 from collections.abc import Iterable
+from types import TracebackType
 from typing import Any
 
 from ._arrays import as_number, as_size
-from .errors import ConfigError, DTypeError
+from .errors import ConfigError, DTypeError, TransformerRsError
+
+
+class named:
+    """Puts what the user called before the errors of the compiled part, which does not know it; what a user's function
+    raises inside stays as it is."""
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, trace: TracebackType | None) -> None:
+        direct = trace is not None and trace.tb_next is None
+        if direct and isinstance(error, TransformerRsError) and not str(error).startswith(self.op):
+            raise type(error)(f"{self.op}: {error}") from None
 
 
 def maybe_size(op: str, name: str, value: Any, least: int = 0) -> int | None:

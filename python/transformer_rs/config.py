@@ -47,10 +47,7 @@ class TransformerConfig(Checked):
     """
 
     _needed = ("src_vocab", "tgt_vocab")
-
-    @staticmethod
-    def _check(text: str) -> str:
-        return _core.check_config(text)
+    _check = _core.check_config
 
     src_vocab: int
     tgt_vocab: int

@@ -58,10 +58,7 @@ class EncoderConfig(Checked):
     """
 
     _needed = ("vocab",)
-
-    @staticmethod
-    def _check(text: str) -> str:
-        return _core.check_encoder_config(text)
+    _check = _core.check_encoder_config
 
     vocab: int
     d_model: int = 768

@@ -10,6 +10,7 @@ from . import _core
 from ._arrays import ArrayLike, Ids, IntArray, as_size
 from ._decoding import DecodingOptions, settings
 from ._sequences import sources
+from ._values import named
 from ._window import Window
 from .config import TransformerConfig
 from .errors import ConfigError
@@ -102,7 +103,9 @@ class Generation:
         """
         op = "Transformer.generate"
         ids = self._sources(op, src, lengths, src_lengths)
-        found = self._core.hypotheses(ids.ids, ids.lengths, settings(op, self._config, options, ids))
+        asked = settings(op, self._config, options, ids)
+        with named(op):
+            found = self._core.hypotheses(ids.ids, ids.lengths, asked)
         return [best[0][0] for best in found]
 
     def hypotheses(
@@ -139,7 +142,8 @@ class Generation:
         ids = self._sources(op, src, lengths, src_lengths)
         asked = settings(op, self._config, options, ids, n_best=n_best, alternatives=alternatives)
         version = self._core.version()
-        found = self._core.hypotheses(ids.ids, ids.lengths, asked)
+        with named(op):
+            found = self._core.hypotheses(ids.ids, ids.lengths, asked)
         return [
             [self._hypothesis(source, one, version) for one in best]
             for source, best in zip(ids.sequences(), found, strict=True)
@@ -177,8 +181,9 @@ class Generation:
             raise ConfigError(
                 f"{op}: argument `patience`: there is one hypothesis, which ends at its EOS; leave it out"
             )
-        decoder = self._core.decoder(asked)
-        decoder.push(source.ids, source.lengths, [0])
+        with named(op):
+            decoder = self._core.decoder(asked)
+            decoder.push(source.ids, source.lengths, [0])
         return _tokens(decoder)
 
     def generate_iter(
@@ -224,7 +229,8 @@ class Generation:
         if n > 1 and asked["logits_processor"] is not None:
             message = "a processor is called on the calling thread alone; pass workers=1"
             raise ConfigError(f"{op}: argument `logits_processor`: {message}")
-        decoders = [self._core.decoder(asked) for _ in range(n)]
+        with named(op):
+            decoders = list(map(self._core.decoder, [asked] * n))
         return Window(op, self._config, inputs, ahead, decoders, progress).answers()
 
     def _sources(self, op: str, src: ArrayLike, lengths: Any, src_lengths: Any) -> Ids:

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from . import _core
 from ._arrays import ArrayLike, as_float
-from ._values import as_finite, as_json, as_texts
+from ._values import as_finite, as_json, as_texts, named
 from .errors import ConfigError, DTypeError
 
 __all__ = ["SGD", "Adam", "AdamW", "Optimizer"]
@@ -86,7 +86,9 @@ class Optimizer:
         if layer not in self._states:
             self._states[layer] = _core.OptimizerState(self._json(), list(self.no_decay))
         arrays = {str(name): as_float(op, f"grads[{name!r}]", value) for name, value in grads.items()}
-        self._states[layer].update(core, arrays, self.lr if lr is None else as_finite(op, "lr", lr))
+        rate = self.lr if lr is None else as_finite(op, "lr", lr)
+        with named(op):
+            self._states[layer].update(core, arrays, rate)
 
     def _settings(self) -> dict[str, Any]:
         names = [item.name for item in dataclasses.fields(self) if item.name not in ("no_decay", "_states")]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from . import _core, fitting
 from ._arrays import ArrayLike, as_float, as_seed, as_size
 from ._sequences import Packed, Pairs, pack
-from ._values import as_finite, as_json, as_texts
+from ._values import as_finite, as_json, as_texts, named
 from .errors import ConfigError, DTypeError
 from .optimizers import AdamW, Optimizer, _optimizer
 from .schedules import Constant, Schedule, _schedule
@@ -130,7 +130,8 @@ class Trainer:
             "compute": compute,
         }
         self._settings: dict[str, Any] = settings
-        self._core = _core.Trainer(model._core, as_json(op, settings))
+        with named(op):
+            self._core = _core.Trainer(model._core, as_json(op, settings))
         self._epoch, self._fitting = fitting.Epoch(), threading.Lock()
 
     @property
@@ -251,7 +252,9 @@ class Trainer:
         op = "Trainer.apply"
         if not isinstance(grads, Mapping):
             raise DTypeError(f"{op}: argument `grads`: expected gradients by name, got {type(grads).__name__}")
-        self._core.apply({str(name): as_float(op, f"grads[{name!r}]", a) for name, a in grads.items()})
+        arrays = {str(name): as_float(op, f"grads[{name!r}]", a) for name, a in grads.items()}
+        with named(op):
+            self._core.apply(arrays)
 
     def evaluate(self, pairs: Any, *, max_tokens: int = 4096) -> Evaluation:
         """Compute the losses of a data set in evaluation mode.

@@ -21,6 +21,7 @@ from ._arrays import (
     cut,
 )
 from ._sequences import same_batch, sources, targets
+from ._values import named
 from .config import TransformerConfig
 from .errors import DTypeError, ShapeError, UnsupportedError
 from .generation import Generation
@@ -337,7 +338,10 @@ class Transformer(Generation):
         >>> bool((other([[3]], [[1]])[0] == one([[3]], [[1]])[0]).all())
         True
         """
-        self._core.load_state_dict(as_weights("Transformer.load_state_dict", arrays, self.precision))
+        op = "Transformer.load_state_dict"
+        weights = as_weights(op, arrays, self.precision)
+        with named(op):
+            self._core.load_state_dict(weights)
 
     def save(self, folder: "str | os.PathLike[str]") -> None:
         """Write ``config.json`` and ``model.safetensors`` into a folder, which is made if need be: whole or not at all,

@@ -21,6 +21,7 @@ from .._arrays import (
     not_a_mask,
 )
 from .._config import Activation, Norm
+from .._values import named
 from .._vjp import Forward, Recorded
 from ..errors import ConfigError, DTypeError, ShapeError
 
@@ -91,7 +92,9 @@ class Layer:
         array([11.5], dtype=float32)
         """
         op = f"{type(self).__name__}.load_state_dict"
-        self._core.load_state_dict(as_weights(op, arrays, self._core.precision()))
+        weights = as_weights(op, arrays, self._core.precision())
+        with named(op):
+            self._core.load_state_dict(weights)
 
     def __repr__(self) -> str:
         """Show the settings."""
