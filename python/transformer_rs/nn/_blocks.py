@@ -1,6 +1,6 @@
 """Encoders, decoders and their layers."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from .. import _core
 from .._arrays import ArrayLike, as_positive, as_probability, as_size
@@ -11,9 +11,9 @@ from ._layer import ACTIVATIONS, NORMS, Layer, choice, flag
 
 
 class _Block(Layer):
-    def __init__(
-        self, options: dict[str, Any], seed: int | None, decoder: bool, final_norm: bool | None = None
-    ) -> None:
+    _decoder: ClassVar[bool]
+
+    def __init__(self, options: dict[str, Any], seed: int | None, final_norm: bool | None = None) -> None:
         op = type(self).__name__
         for name in ("d_model", "n_heads", "d_ff", "n_layers"):
             if name in options:
@@ -25,11 +25,51 @@ class _Block(Layer):
         for name in ("norm_first", "bias"):
             options[name] = flag(op, name, options[name])
         last = options["norm_first"] if final_norm is None else flag(op, "final_norm", final_norm)
-        settings = {"n_layers": None, **options, "decoder": decoder, "final_norm": last}
+        settings = {"n_layers": None, **options, "decoder": self._decoder, "final_norm": last}
         super().__init__(options, seed, lambda seed: _core.Layer.block(settings, seed))
 
 
-class _EncoderBlock(_Block):
+class _OneLayer(_Block):
+    def __init__(
+        self,
+        d_model: int = 512,
+        n_heads: int = 8,
+        d_ff: int = 2048,
+        *,
+        dropout: float = 0.1,
+        norm: Norm = "layer",
+        norm_first: bool = True,
+        norm_eps: float = 1e-5,
+        activation: Activation = "relu",
+        bias: bool = True,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(_options(locals()), seed)
+
+
+class _Stack(_Block):
+    def __init__(
+        self,
+        d_model: int = 512,
+        n_heads: int = 8,
+        d_ff: int = 2048,
+        *,
+        n_layers: int = 6,
+        dropout: float = 0.1,
+        norm: Norm = "layer",
+        norm_first: bool = True,
+        final_norm: bool | None = None,
+        norm_eps: float = 1e-5,
+        activation: Activation = "relu",
+        bias: bool = True,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(_options(locals()), seed, final_norm)
+
+
+class _EncoderCall(Layer):
+    _decoder = False
+
     @method
     def __call__(
         self,
@@ -63,7 +103,9 @@ class _EncoderBlock(_Block):
         return self._attend(x, None, lengths, None, causal, (keep, block), (None, None), training, seed)
 
 
-class _DecoderBlock(_Block):
+class _DecoderCall(Layer):
+    _decoder = True
+
     @method
     def __call__(
         self,
@@ -108,7 +150,7 @@ class _DecoderBlock(_Block):
         return self._attend(x, memory, lengths, memory_lengths, causal, masks, memory_masks, training, seed)
 
 
-class EncoderLayer(_EncoderBlock):
+class EncoderLayer(_EncoderCall, _OneLayer):
     """Self-attention and feed-forward, each with "Add & Norm": Vaswani et al. 2017, figure 1, left.
 
     Args:
@@ -136,24 +178,8 @@ class EncoderLayer(_EncoderBlock):
     False
     """
 
-    def __init__(
-        self,
-        d_model: int = 512,
-        n_heads: int = 8,
-        d_ff: int = 2048,
-        *,
-        dropout: float = 0.1,
-        norm: Norm = "layer",
-        norm_first: bool = True,
-        norm_eps: float = 1e-5,
-        activation: Activation = "relu",
-        bias: bool = True,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(_options(locals()), seed, decoder=False)
 
-
-class DecoderLayer(_DecoderBlock):
+class DecoderLayer(_DecoderCall, _OneLayer):
     """Self-attention, cross-attention and feed-forward: Vaswani et al. 2017, figure 1, right.
 
     The settings, and what they raise, are those of :class:`EncoderLayer`.
@@ -168,24 +194,8 @@ class DecoderLayer(_DecoderBlock):
     (2, 3, 16)
     """
 
-    def __init__(
-        self,
-        d_model: int = 512,
-        n_heads: int = 8,
-        d_ff: int = 2048,
-        *,
-        dropout: float = 0.1,
-        norm: Norm = "layer",
-        norm_first: bool = True,
-        norm_eps: float = 1e-5,
-        activation: Activation = "relu",
-        bias: bool = True,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(_options(locals()), seed, decoder=True)
 
-
-class Encoder(_EncoderBlock):
+class Encoder(_EncoderCall, _Stack):
     """Encoder layers one above the other: Vaswani et al. 2017, section 3.1.
 
     Args:
@@ -205,26 +215,8 @@ class Encoder(_EncoderBlock):
     [(3, 16), (5, 16)]
     """
 
-    def __init__(
-        self,
-        d_model: int = 512,
-        n_heads: int = 8,
-        d_ff: int = 2048,
-        *,
-        n_layers: int = 6,
-        dropout: float = 0.1,
-        norm: Norm = "layer",
-        norm_first: bool = True,
-        final_norm: bool | None = None,
-        norm_eps: float = 1e-5,
-        activation: Activation = "relu",
-        bias: bool = True,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(_options(locals()), seed, decoder=False, final_norm=final_norm)
 
-
-class Decoder(_DecoderBlock):
+class Decoder(_DecoderCall, _Stack):
     """Decoder layers one above the other: Vaswani et al. 2017, section 3.1.
 
     The settings, and what they raise, are those of :class:`Encoder`.
@@ -240,24 +232,6 @@ class Decoder(_DecoderBlock):
     >>> dmemory.shape
     (1, 7, 16)
     """
-
-    def __init__(
-        self,
-        d_model: int = 512,
-        n_heads: int = 8,
-        d_ff: int = 2048,
-        *,
-        n_layers: int = 6,
-        dropout: float = 0.1,
-        norm: Norm = "layer",
-        norm_first: bool = True,
-        final_norm: bool | None = None,
-        norm_eps: float = 1e-5,
-        activation: Activation = "relu",
-        bias: bool = True,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(_options(locals()), seed, decoder=True, final_norm=final_norm)
 
 
 def _options(arguments: dict[str, Any]) -> dict[str, Any]:
