@@ -94,7 +94,14 @@ def of_arrays(call: Callable[[int], tuple[FloatArray, _core.Pullback | None]]) -
 
 
 class Pullback:
-    """The way back of one call of :func:`vjp`, for one use."""
+    """The way back of one call of :func:`vjp`, for one use.
+
+    >>> import numpy as np
+    >>> import transformer_rs as tr
+    >>> y, pullback = tr.vjp(tr.nn.Linear(3, 2, seed=0), np.ones((4, 3)))
+    >>> isinstance(pullback, tr.Pullback), pullback(np.ones((4, 2))).shape, pullback.gradients["bias"]
+    (True, (4, 3), array([4., 4.], dtype=float32))
+    """
 
     def __init__(self, recorded: Recorded, count: int) -> None:
         self._recorded = recorded
