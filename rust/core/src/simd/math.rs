@@ -6,6 +6,7 @@
 //! | | AVX2, AVX-512 | portable | notes |
 //! |---|---|---|---|
 //! | exp | 1.1 | 1.1 | 0 below 2⁻¹²⁶, ∞ above the largest number |
+//! | exp2, x < 127 | 1.0 | 1.0 | 0 below 2⁻¹²⁶ |
 //! | tanh | 1.6 | 1.7 | |
 //! | erf | 1.3 | 1.5 | |
 //! | sigmoid | 2.2 | 2.2 | 0 below 2⁻¹²⁷ |
@@ -18,6 +19,12 @@ use super::{Float, MAX_LANES, Simd};
 #[inline(always)]
 pub fn exp<T: Float, S: Simd<T>>(s: S, x: S::V) -> S::V {
     T::vector_exp(s, x)
+}
+
+/// 2ˣ for x < 127, lane by lane; fewer instructions than [`exp`] and as exact.
+#[inline(always)]
+pub fn exp2<T: Float, S: Simd<T>>(s: S, x: S::V) -> S::V {
+    T::vector_exp2(s, x)
 }
 
 /// The hyperbolic tangent, lane by lane.
@@ -55,6 +62,9 @@ pub trait VectorMath: Sized {
     fn vector_exp<S: Simd<Self>>(s: S, x: S::V) -> S::V
     where
         Self: Float;
+    fn vector_exp2<S: Simd<Self>>(s: S, x: S::V) -> S::V
+    where
+        Self: Float;
     fn vector_tanh<S: Simd<Self>>(s: S, x: S::V) -> S::V
     where
         Self: Float;
@@ -79,6 +89,20 @@ impl VectorMath for f32 {
         let y = s.select(s.lt(x, lowest), s.zero(), y);
         // Above the highest x the sum is ∞, for NaN it is NaN.
         s.select(s.le(x, highest), y, s.add(x, s.splat(f32::INFINITY)))
+    }
+
+    /// x = n + r with |r| ≤ 1/2; 2ˣ = 2ⁿ (1 + r q(r)). NaN, which is not below the lowest x, goes through to the result.
+    #[inline(always)]
+    fn vector_exp2<S: Simd<f32>>(s: S, x: S::V) -> S::V {
+        let n = s.round(x);
+        let r = s.sub(x, n);
+        let q = polynomial(
+            s,
+            r,
+            [0.693_147_2, 0.240_226_5, 0.055_503_27, 0.009_618_057, 0.001_340_042_8, 0.000_154_614_45],
+        );
+        let y = s.scale2(s.mul_add(q, r, s.splat(1.0)), n);
+        s.select(s.lt(x, s.splat(-126.0)), s.zero(), y)
     }
 
     /// Near 0 an odd polynomial, elsewhere 1 − 2 / (e²ˣ + 1).
@@ -127,6 +151,10 @@ impl VectorMath for f64 {
     #[inline(always)]
     fn vector_exp<S: Simd<f64>>(s: S, x: S::V) -> S::V {
         lane_by_lane(s, x, libm::exp)
+    }
+    #[inline(always)]
+    fn vector_exp2<S: Simd<f64>>(s: S, x: S::V) -> S::V {
+        lane_by_lane(s, x, libm::exp2)
     }
     #[inline(always)]
     fn vector_tanh<S: Simd<f64>>(s: S, x: S::V) -> S::V {

@@ -1,13 +1,14 @@
 //! The backward pass: weights are computed again from the saved log-sum-exp, block by block.
 
-use super::product::{Left, Start, pack, pack_transposed, panels_len, product};
-use super::scores::{BLOCK, Block, ROW, score_gradients};
-use super::work::{Item, LONG, each_task};
+use super::product::{Left, Start, copy_out, pack, pack_transposed, packed_len, product, stride};
+use super::scores::{BLOCK, Block, ROW, factor, score_gradients};
+use super::work::{Item, LONG, each_task, split};
 use super::{Grid, Heads, Inputs, KEYS, Operand, Out, QUERIES};
 use crate::error::Result;
 use crate::kernel;
 use crate::simd::Float;
 use crate::threads;
+use std::f64::consts::LN_2;
 
 /// What the forward pass left, and the gradient of its output.
 #[derive(Clone, Copy)]
@@ -16,7 +17,7 @@ pub struct Saved<'a, T> {
     pub dy: &'a [T],
     /// The output, (R, H K).
     pub y: &'a [T],
-    /// Log-sum-exp, (R, H).
+    /// log₂ Σ eˣ of the scores, (R, H).
     pub lse: &'a [T],
 }
 
@@ -31,10 +32,12 @@ pub struct Gradients<'a, T> {
     pub dv: Option<Out<'a, T>>,
 }
 
-/// Numbers of scratch that a task needs.
-fn scratch(heads: &Heads) -> usize {
-    let k = heads.head_dim;
-    2 * panels_len(k, KEYS) + panels_len(KEYS, k) + panels_len(QUERIES, k) + 2 * BLOCK
+/// Numbers of scratch that a task needs: K, Kᵀ, Vᵀ, dK and dV of a block of keys, Q, dy and dQ of a block of queries, and
+/// two blocks of scores.
+fn scratch(heads: &Heads) -> [usize; 10] {
+    let [keys, turned, queries] = [(KEYS, heads.head_dim), (heads.head_dim, KEYS), (QUERIES, heads.head_dim)]
+        .map(|(rows, cols)| packed_len(rows, cols));
+    [keys, turned, turned, keys, keys, queries, queries, queries, BLOCK, BLOCK]
 }
 
 /// Gradients of the queries, keys and values. `d` (R, H) is room for D = rowsum(dy ∘ y).
@@ -47,7 +50,7 @@ pub fn attention_backward<T: Float>(
     row_sums(d, saved, &inputs.heads)?;
     let Gradients { dq, dk, dv } = gradients;
     let pass = |items, dq: Option<&Out<'_, T>>, dk: Option<&Out<'_, T>>, dv: Option<&Out<'_, T>>| {
-        inputs.run(items, scratch(&inputs.heads), |item, scratch| {
+        inputs.run(items, scratch(&inputs.heads).iter().sum(), |item, scratch| {
             Walk { inputs, saved, d, scratch }.run(item, Sink::Inputs { dq, dk, dv });
         })
     };
@@ -95,7 +98,7 @@ pub fn attention_bias_backward<T: Float>(
     dbias.fill(T::ZERO);
     let out = Out::new(dbias, m);
     let n_heads = inputs.heads.n_heads;
-    each_task(tasks.len(), scratch(&inputs.heads), |task, scratch| {
+    each_task(tasks.len(), scratch(&inputs.heads).iter().sum(), |task, scratch| {
         let ((at_b, at_h), first) = tasks[task];
         for (sequence, s) in inputs.sequences.iter().enumerate().filter(|&(i, _)| b == 1 || i == at_b) {
             for head in (0..n_heads).filter(|&i| h == 1 || i == at_h) {
@@ -138,14 +141,11 @@ impl<T: Float> Walk<'_, T> {
         let (sequence, kv_head) = (sequences[index], item.heads.start / heads.group());
         let columns = |head: usize| head * head_dim..(head + 1) * head_dim;
         let dy = Operand { data: self.saved.dy, stride: n_heads * head_dim };
-        let scale = T::from_f64(if let Sink::Bias(_) = sink { 1.0 } else { heads.scale });
-
-        let (kt_panels, rest) = self.scratch.split_at_mut(panels_len(head_dim, KEYS));
-        let (vt_panels, rest) = rest.split_at_mut(panels_len(head_dim, KEYS));
-        let (k_panels, rest) = rest.split_at_mut(panels_len(KEYS, head_dim));
-        let (row_panels, rest) = rest.split_at_mut(panels_len(QUERIES, head_dim));
-        let (p, rest) = rest.split_at_mut(BLOCK);
-        let dx = &mut rest[..BLOCK];
+        let [k_rows, kt, vt, dk_rows, dv_rows, q_rows, dy_rows, dq_rows, x, dx] = split(self.scratch, scratch(&heads));
+        let width = stride(head_dim);
+        // x = factor · Q Kᵀ, and what a unit of it is in weights 2ˣ.
+        let factor = factor(heads.scale);
+        let unit = T::from_f64(if let Sink::Bias(_) = sink { 1.0 } else { LN_2 });
 
         if let (Sink::Inputs { dq: Some(dq), .. }, 0) = (&sink, blocks.start) {
             let rows = sequence.query + queries.start..sequence.query + queries.end;
@@ -156,17 +156,11 @@ impl<T: Float> Walk<'_, T> {
             let m = block * KEYS;
             let keys = KEYS.min(sequence.keys - m);
             let key_rows = sequence.key + m..sequence.key + m + keys;
-            if let Sink::Inputs { dk, dv, .. } = &sink {
-                for out in [dk, dv].into_iter().flatten() {
-                    // SAFETY: rows and columns of this item alone.
-                    unsafe { out.part(key_rows.clone(), columns(kv_head)) }.clear();
-                }
-            }
-            let k_block = k.at(key_rows.start, kv_head, head_dim);
-            let v_block = v.at(key_rows.start, kv_head, head_dim);
-            let kt = pack_transposed(kt_panels, k_block, k.stride, keys, head_dim);
-            let vt = pack_transposed(vt_panels, v_block, v.stride, keys, head_dim);
-            let k = pack(k_panels, k_block, k.stride, keys, head_dim);
+            let k = pack(k_rows, k.at(key_rows.start, kv_head, head_dim), k.stride, keys, head_dim, factor);
+            let kt = pack_transposed(kt, k.data, width, keys, head_dim);
+            let vt = pack_transposed(vt, v.at(key_rows.start, kv_head, head_dim), v.stride, keys, head_dim);
+            dk_rows.fill(T::ZERO);
+            dv_rows.fill(T::ZERO);
             let first = masks.first_query(&sequence, m) / QUERIES * QUERIES;
             for head in item.heads.clone() {
                 for l in (queries.start.max(first)..queries.end).step_by(QUERIES) {
@@ -177,35 +171,30 @@ impl<T: Float> Walk<'_, T> {
                     }
                     let block = Block { sequence, index, head, l, rows, m, cols };
                     let query_rows = block.query_rows();
-                    let key_rows = key_rows.start..key_rows.start + cols;
+                    let q = pack(q_rows, q.at(query_rows.start, head, head_dim), q.stride, rows, head_dim, T::ONE);
+                    let dy = pack(dy_rows, dy.at(query_rows.start, head, head_dim), dy.stride, rows, head_dim, T::ONE);
 
-                    // P = exp(x − lse), dP = dy Vᵀ, dx = P ∘ (dP − D)
-                    block.weights(p, kt, self.inputs, self.saved.lse);
-                    let dy_block = dy.at(query_rows.start, head, head_dim);
-                    let left = Left { data: dy_block, row: dy.stride, col: 1 };
-                    product(Out::new(dx, ROW), left, vt, rows, cols, head_dim, Start::Zero);
-                    score_gradients(p, dx, block, self.d, masks.dropout, scale, n_heads);
+                    // P = 2^(x − lse), dP = dy Vᵀ, dx = P ∘ (dP − D)
+                    block.scores(x, q.left(), kt, self.inputs);
+                    product(dx, ROW, dy.left(), vt, rows, cols, head_dim, Start::Zero);
+                    score_gradients(x, dx, block, self.saved.lse, self.d, masks.dropout, unit, n_heads);
                     match &mut sink {
                         Sink::Inputs { dq, dk, dv } => {
                             // y = P V: dV += Pᵀ dy
-                            if let Some(dv) = dv {
-                                let dy = pack(row_panels, dy_block, dy.stride, rows, head_dim);
-                                // SAFETY: rows and columns of this item alone.
-                                let dv = unsafe { dv.part(key_rows.clone(), columns(kv_head)) };
-                                product(dv, Left { data: p, row: 1, col: ROW }, dy, cols, head_dim, rows, Start::Sum);
+                            if dv.is_some() {
+                                let p = Left { data: x, row: 1, col: ROW };
+                                product(dv_rows, width, p, dy, cols, head_dim, rows, Start::Sum);
                             }
-                            // x = scale · Q Kᵀ: dK += scale · dxᵀ Q, dQ += scale · dx K
-                            if let Some(dk) = dk {
-                                let q =
-                                    pack(row_panels, q.at(query_rows.start, head, head_dim), q.stride, rows, head_dim);
-                                // SAFETY: rows and columns of this item alone.
-                                let dk = unsafe { dk.part(key_rows, columns(kv_head)) };
-                                product(dk, Left { data: dx, row: 1, col: ROW }, q, cols, head_dim, rows, Start::Sum);
+                            // x = factor · Q Kᵀ: dK += factor · dxᵀ Q, dQ += dx · factor K
+                            if dk.is_some() {
+                                let dx = Left { data: dx, row: 1, col: ROW };
+                                product(dk_rows, width, dx, q, cols, head_dim, rows, Start::Sum);
                             }
                             if let Some(dq) = dq {
+                                let dx = Left { data: dx, row: ROW, col: 1 };
+                                product(dq_rows, width, dx, k, rows, head_dim, cols, Start::Zero);
                                 // SAFETY: rows and columns of this item alone.
-                                let dq = unsafe { dq.part(query_rows, columns(head)) };
-                                product(dq, Left { data: dx, row: ROW, col: 1 }, k, rows, head_dim, cols, Start::Sum);
+                                copy_out(unsafe { dq.part(query_rows, columns(head)) }, dq_rows, T::ONE, true);
                             }
                         }
                         Sink::Bias(dbias) => {
@@ -218,6 +207,14 @@ impl<T: Float> Walk<'_, T> {
                                 }
                             }
                         }
+                    }
+                }
+            }
+            if let Sink::Inputs { dk, dv, .. } = &sink {
+                for (out, from, factor) in [(dk, &*dk_rows, factor), (dv, &*dv_rows, T::ONE)] {
+                    if let Some(out) = out {
+                        // SAFETY: rows and columns of this item alone.
+                        copy_out(unsafe { out.part(key_rows.clone(), columns(kv_head)) }, from, factor, false);
                     }
                 }
             }

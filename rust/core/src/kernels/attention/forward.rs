@@ -1,27 +1,31 @@
 //! The forward pass, and the weights for whoever asks to see them.
 
-use super::product::{Left, Start, pack, pack_transposed, panels_len, product};
-use super::scores::{BLOCK, Block, ROW, advance, drop_weights};
-use super::work::{CHUNK, Item};
+use super::product::{Left, Start, pack, pack_transposed, packed_len, product, stride};
+use super::scores::{BLOCK, Block, ROW, advance, factor, normalise};
+use super::work::{Item, split};
 use super::{Heads, Inputs, KEYS, Out, QUERIES};
 use crate::error::Result;
 use crate::kernel;
 use crate::simd::Float;
+use std::f64::consts::LOG2_E;
 
-/// Numbers of scratch that a task needs.
-fn scratch(heads: &Heads) -> usize {
-    panels_len(heads.head_dim, KEYS) + panels_len(KEYS, heads.head_dim) + BLOCK + 2 * heads.group() * CHUNK
-}
-
-/// out (R, H K) = softmax(scale · Q Kᵀ + bias, where kept) V; `lse` (R, H) gets the log-sum-exp of the scores, −∞ where
-/// no key is kept, and the output is 0 there.
+/// out (R, H K) = softmax(scale · Q Kᵀ + bias, where kept) V; `lse` (R, H) gets log₂ Σ eˣ of the scores, −∞ where no key
+/// is kept, and the output is 0 there.
 pub fn attention_forward<T: Float>(out: &mut [T], lse: Option<&mut [T]>, inputs: &Inputs<'_, T>) -> Result<()> {
     let Heads { n_heads, head_dim, .. } = inputs.heads;
     let out = Out::new(out, n_heads * head_dim);
     let lse = lse.map(|lse| Out::new(lse, n_heads));
-    inputs.run(inputs.by_queries(), scratch(&inputs.heads), |item, scratch| {
+    let items = inputs.by_queries();
+    let rows = items.iter().map(|item| item.heads.len() * item.queries.len()).max().unwrap_or(0);
+    inputs.run(items, scratch(head_dim, rows).iter().sum(), |item, scratch| {
         forward_item(&out, lse.as_ref(), inputs, item, scratch);
     })
+}
+
+/// Numbers of scratch for `rows` queries: K, Kᵀ, V, a block of scores; Q and y; the running maximum and sum of every row.
+fn scratch(head_dim: usize, rows: usize) -> [usize; 8] {
+    let (keys, queries) = (packed_len(KEYS, head_dim), packed_len(rows, head_dim));
+    [keys, packed_len(head_dim, KEYS), keys, BLOCK, queries, queries, rows, rows]
 }
 
 fn forward_item<T: Float>(
@@ -31,27 +35,30 @@ fn forward_item<T: Float>(
     item: &Item,
     scratch: &mut [T],
 ) {
-    let Inputs { heads, k, v, sequences, masks, .. } = *inputs;
+    let Inputs { heads, q, k, v, sequences, masks } = *inputs;
     let Item { sequence: index, queries, blocks, .. } = item.clone();
-    let Heads { head_dim, .. } = heads;
+    let Heads { n_heads, head_dim, .. } = heads;
     let (sequence, kv_head) = (sequences[index], item.heads.start / heads.group());
 
-    let (k_panels, rest) = scratch.split_at_mut(panels_len(head_dim, KEYS));
-    let (v_panels, rest) = rest.split_at_mut(panels_len(KEYS, head_dim));
-    let (x, rest) = rest.split_at_mut(BLOCK);
-    // Running maximum and sum of every row: heads first, then queries.
-    let states = item.heads.len() * queries.len();
-    let (maximum, rest) = rest.split_at_mut(states);
-    let sum = &mut rest[..states];
+    let rows = item.heads.len() * queries.len();
+    let [k_rows, kt, v_rows, x, q_rows, y, maximum, sum] = split(scratch, self::scratch(head_dim, rows));
     maximum.fill(T::NEG_INFINITY);
     sum.fill(T::ZERO);
     let mut shrink = [T::ZERO; QUERIES];
+    let width = stride(head_dim);
+    // Rows of scratch: heads first, then queries.
+    for (head, q_rows) in item.heads.clone().zip(q_rows.chunks_mut((queries.len() * width).max(1))) {
+        let q_head = q.at(sequence.query + queries.start, head, head_dim);
+        pack(q_rows, q_head, q.stride, queries.len(), head_dim, T::ONE);
+    }
 
     for block in blocks {
         let m = block * KEYS;
         let keys = KEYS.min(masks.visible(&sequence, queries.end - 1) - m);
-        let k = pack_transposed(k_panels, k.at(sequence.key + m, kv_head, head_dim), k.stride, keys, head_dim);
-        let v = pack(v_panels, v.at(sequence.key + m, kv_head, head_dim), v.stride, keys, head_dim);
+        let key = sequence.key + m;
+        pack(k_rows, k.at(key, kv_head, head_dim), k.stride, keys, head_dim, factor(heads.scale));
+        let kt = pack_transposed(kt, k_rows, width, keys, head_dim);
+        let v = pack(v_rows, v.at(key, kv_head, head_dim), v.stride, keys, head_dim, T::ONE);
         for (g, head) in item.heads.clone().enumerate() {
             for l in queries.clone().step_by(QUERIES) {
                 let rows = QUERIES.min(queries.end - l);
@@ -60,40 +67,37 @@ fn forward_item<T: Float>(
                     continue;
                 }
                 let block = Block { sequence, index, head, l, rows, m, cols };
-                block.scores(x, k, inputs);
-                let state = g * queries.len() + l - queries.start;
-                advance(x, cols, &mut maximum[state..][..rows], &mut sum[state..][..rows], &mut shrink);
-                if let Some(dropout) = masks.dropout {
-                    drop_weights(x, block, dropout, heads.n_heads);
-                }
+                let first = g * queries.len() + l - queries.start;
+                let q = Left { data: &q_rows[first * width..], row: width, col: 1 };
+                block.scores(x, q, kt, inputs);
+                let (maximum, sum) = (&mut maximum[first..][..rows], &mut sum[first..][..rows]);
+                advance(x, block, maximum, sum, &mut shrink, masks.dropout, n_heads);
                 let start = if m == 0 { Start::Zero } else { Start::Scaled(&shrink[..rows]) };
-                // SAFETY: rows and columns of this item alone.
-                let out = unsafe { out.part(block.query_rows(), head * head_dim..(head + 1) * head_dim) };
-                product(out, Left { data: x, row: ROW, col: 1 }, v, rows, head_dim, cols, start);
+                product(&mut y[first * width..], width, Left { data: x, row: ROW, col: 1 }, v, rows, head_dim, cols, start);
             }
         }
     }
 
-    for (state, (&maximum, &sum)) in maximum.iter().zip(&*sum).enumerate() {
+    for (state, (y, (&maximum, &sum))) in y.chunks(width).zip(maximum.iter().zip(&*sum)).enumerate() {
         let (head, row) =
             (item.heads.start + state / queries.len(), sequence.query + queries.start + state % queries.len());
         // SAFETY: a row and columns of this item alone.
         unsafe {
-            finish(out.part(row..row + 1, head * head_dim..(head + 1) * head_dim).row(0), sum);
+            finish(out.part(row..row + 1, head * head_dim..(head + 1) * head_dim).row(0), y, sum);
             if let Some(lse) = lse {
-                lse.part(row..row + 1, head..head + 1).row(0)[0] = maximum + sum.ln();
+                lse.part(row..row + 1, head..head + 1).row(0)[0] = maximum + sum.ln() * T::from_f64(LOG2_E);
             }
         }
     }
 }
 
 kernel! {
-    /// y = y / l, 0 where no key was kept. Adding +0 first makes the sign of a zero independent of keys that were not.
-    fn finish<'a, T>(s: S; y: &'a mut [T], sum: T) {
+    /// out = y / l, 0 where no key was kept. Adding +0 first makes the sign of a zero independent of keys that were not.
+    fn finish<'a, T>(s: S; out: &'a mut [T], y: &'a [T], sum: T) {
         let factor = s.splat(T::ONE / sum);
-        for y in y.chunks_mut(S::LANES) {
+        for (out, y) in out.chunks_mut(S::LANES).zip(y.chunks(S::LANES)) {
             let mean = s.mul(s.add(s.load_first(y, T::ZERO), s.zero()), factor);
-            s.store_first(if sum == T::ZERO { s.zero() } else { mean }, y);
+            s.store_first(if sum == T::ZERO { s.zero() } else { mean }, out);
         }
     }
 }
@@ -112,22 +116,25 @@ pub fn attention_weights<T: Float>(weights: &mut [T], lse: &[T], inputs: &Inputs
             Out::new(weights, s.keys)
         })
         .collect();
-    inputs.run(inputs.by_queries(), scratch(&inputs.heads), |item, scratch| {
+    let parts = [packed_len(KEYS, head_dim), packed_len(head_dim, KEYS), packed_len(QUERIES, head_dim), BLOCK];
+    inputs.run(inputs.by_queries(), parts.iter().sum(), |item, scratch| {
         let Item { sequence: index, queries, blocks, .. } = item.clone();
-        let sequence = inputs.sequences[index];
-        let (k_panels, rest) = scratch.split_at_mut(panels_len(head_dim, KEYS));
-        let x = &mut rest[..BLOCK];
+        let Inputs { heads, q, k, sequences, masks, .. } = *inputs;
+        let (sequence, kv_head) = (sequences[index], item.heads.start / heads.group());
+        let [k_rows, kt, q_rows, x] = split(scratch, parts);
         for block in blocks {
             let m = block * KEYS;
-            let keys = KEYS.min(inputs.masks.visible(&sequence, queries.end - 1) - m);
-            let kv_head = item.heads.start / inputs.heads.group();
-            let k = inputs.k.at(sequence.key + m, kv_head, head_dim);
-            let k = pack_transposed(k_panels, k, inputs.k.stride, keys, head_dim);
+            let keys = KEYS.min(masks.visible(&sequence, queries.end - 1) - m);
+            let k_block = k.at(sequence.key + m, kv_head, head_dim);
+            pack(k_rows, k_block, k.stride, keys, head_dim, factor(heads.scale));
+            let kt = pack_transposed(kt, k_rows, stride(head_dim), keys, head_dim);
             for head in item.heads.clone() {
                 for l in queries.clone().step_by(QUERIES) {
                     let rows = QUERIES.min(queries.end - l);
                     let block = Block { sequence, index, head, l, rows, m, cols: keys };
-                    block.weights(x, k, inputs, lse);
+                    let q = pack(q_rows, q.at(sequence.query + l, head, head_dim), q.stride, rows, head_dim, T::ONE);
+                    block.scores(x, q.left(), kt, inputs);
+                    normalise(x, block, lse, n_heads);
                     let to = head * sequence.queries + l;
                     // SAFETY: a part of this item alone.
                     let mut to = unsafe { per_sequence[index].part(to..to + rows, m..m + keys) };

@@ -1,4 +1,4 @@
-//! Products of small blocks: one micro-kernel in registers, and the panels it reads its right factor from.
+//! Products of small blocks: one micro-kernel in registers, and copies of its right factor that it reads fast.
 //!
 //! An element of the result is one chain of multiply-adds along the contracted axis, from the first term to the last,
 //! whatever the sizes of the blocks. Where the right factor holds an infinity or NaN, terms whose left factor is zero are
@@ -7,6 +7,7 @@
 
 use super::Out;
 use crate::kernel;
+use crate::kernels::gemm::opaque;
 use crate::simd::{Float, MAX_LANES, Simd};
 
 /// The left factor, read through two strides: element (i, p) is `data[i * row + p * col]`.
@@ -17,20 +18,32 @@ pub(super) struct Left<'a, T> {
     pub col: usize,
 }
 
-/// The right factor, `rows` by `cols`, as `pack` laid it out: panels of two vectors of columns, row after row; where a
-/// last panel needs only one vector it is that narrow.
+/// The right factor, `rows` by `cols`, as `pack` laid it out.
 #[derive(Clone, Copy)]
-pub(super) struct Panels<'a, T> {
-    data: &'a [T],
+pub(super) struct Packed<'a, T> {
+    pub data: &'a [T],
     rows: usize,
     cols: usize,
     /// No infinity and no NaN inside.
     finite: bool,
 }
 
-/// Room for the panels of a `rows` by `cols` matrix on every instruction set.
-pub(super) fn panels_len(rows: usize, cols: usize) -> usize {
-    rows * cols.next_multiple_of(MAX_LANES)
+impl<'a, T> Packed<'a, T> {
+    /// The same numbers as a left factor.
+    pub fn left(&self) -> Left<'a, T> {
+        Left { data: self.data, row: stride(self.cols), col: 1 }
+    }
+}
+
+/// From one row of a packed matrix to the next: whole vectors, and never a power of two, which would put the elements of a
+/// column into few cache sets.
+pub(super) const fn stride(cols: usize) -> usize {
+    cols.next_multiple_of(MAX_LANES) + MAX_LANES
+}
+
+/// Room for a packed `rows` by `cols` matrix.
+pub(super) const fn packed_len(rows: usize, cols: usize) -> usize {
+    rows * stride(cols)
 }
 
 /// What the chains of a product begin with.
@@ -44,49 +57,42 @@ pub(super) enum Start<'a, T> {
     Scaled(&'a [T]),
 }
 
-/// Lays out `rows` rows of `cols` numbers, `stride` apart in `from`.
+/// Copies `rows` rows of `cols` numbers, `from_stride` apart in `from`, times `factor`.
 pub(super) fn pack<'a, T: Float>(
     to: &'a mut [T],
     from: &[T],
-    stride: usize,
+    from_stride: usize,
     rows: usize,
     cols: usize,
-) -> Panels<'a, T> {
-    let finite = pack_rows(to, from, stride, rows, cols);
-    Panels { data: to, rows, cols, finite }
+    factor: T,
+) -> Packed<'a, T> {
+    let finite = copy_rows(to, from, from_stride, rows, cols, factor);
+    Packed { data: to, rows, cols, finite }
 }
 
-/// The same of the transposed matrix: the panels have `cols` rows and `rows` columns.
+/// The transposed matrix: `cols` rows and `rows` columns. Its numbers are taken for finite.
 pub(super) fn pack_transposed<'a, T: Float>(
     to: &'a mut [T],
     from: &[T],
-    stride: usize,
+    from_stride: usize,
     rows: usize,
     cols: usize,
-) -> Panels<'a, T> {
-    pack_columns(to, from, stride, rows, cols);
-    // Each column belongs to one key: it makes scores that the mask overwrites.
-    Panels { data: to, rows: cols, cols: rows, finite: true }
-}
-
-/// Width of the panel that begins at column `c` of `cols`.
-#[inline(always)]
-fn panel_width<T: Float, S: Simd<T>>(cols: usize, c: usize) -> usize {
-    if cols - c > S::LANES { 2 * S::LANES } else { S::LANES }
+) -> Packed<'a, T> {
+    copy_columns(to, from, from_stride, rows, cols);
+    Packed { data: to, rows: cols, cols: rows, finite: true }
 }
 
 kernel! {
-    fn pack_rows<'a, T>(s: S; to: &'a mut [T], from: &'a [T], stride: usize, rows: usize, cols: usize) -> bool {
+    fn copy_rows<'a, T>(s: S; to: &'a mut [T], from: &'a [T], from_stride: usize, rows: usize, cols: usize, factor: T) -> bool {
         // Stays 0 while all numbers are finite.
         let mut check = s.zero();
-        for r in 0..rows {
-            let row = &from[r * stride..][..cols];
-            for (c, x) in (0..cols).step_by(S::LANES).zip(row.chunks(S::LANES)) {
-                let panel = c - c % (2 * S::LANES);
-                let at = panel * rows + r * panel_width::<T, S>(cols, panel) + (c - panel);
-                let x = s.load_first(x, T::ZERO);
+        let factor = s.splat(factor);
+        for (r, to) in to.chunks_mut(stride(cols)).take(rows).enumerate() {
+            let row = &from[r * from_stride..][..cols];
+            for (to, x) in to.chunks_exact_mut(S::LANES).zip(row.chunks(S::LANES)) {
+                let x = s.mul(s.load_first(x, T::ZERO), factor);
                 check = s.mul_add(x, s.zero(), check);
-                s.store(x, &mut to[at..]);
+                s.store(x, to);
             }
         }
         !s.any(s.not(s.eq(check, s.zero())))
@@ -94,30 +100,26 @@ kernel! {
 }
 
 kernel! {
-    fn pack_columns<'a, T>(s: S; to: &'a mut [T], from: &'a [T], stride: usize, rows: usize, cols: usize) {
+    fn copy_columns<'a, T>(s: S; to: &'a mut [T], from: &'a [T], from_stride: usize, rows: usize, cols: usize) {
+        let stride = stride(rows);
+        assert!(cols * stride <= to.len());
+        assert!(rows == 0 || cols == 0 || (rows - 1) * from_stride + cols <= from.len());
         for c in (0..rows).step_by(S::LANES) {
-            let panel = c - c % (2 * S::LANES);
-            let width = panel_width::<T, S>(rows, panel);
-            let to = &mut to[panel * cols + (c - panel)..];
             let lanes = S::LANES.min(rows - c);
-            assert!(cols == 0 || (c + lanes - 1) * stride + cols <= from.len());
-            let from = from[c * stride..].as_ptr();
-            let mut done = 0;
-            if lanes == S::LANES && cols >= S::LANES {
-                done = cols / S::LANES * S::LANES;
-                assert!((done - 1) * width + S::LANES <= to.len());
-                for r in (0..done).step_by(S::LANES) {
-                    // SAFETY: whole squares, inside by the assertions.
-                    unsafe { s.transpose_ptr(from.add(r), stride, to.as_mut_ptr().add(r * width), width) };
+            // SAFETY: `lanes` rows from row c on, inside by the assertion, go to columns c.. of every row of `to`.
+            unsafe {
+                let (from, to) = (from.as_ptr().add(c * from_stride), to.as_mut_ptr().add(c));
+                let squares = if lanes == S::LANES { cols / S::LANES * S::LANES } else { 0 };
+                for r in (0..squares).step_by(S::LANES) {
+                    s.transpose_ptr(from.add(r), from_stride, to.add(r * stride), stride);
                 }
-            }
-            for r in done..cols {
-                let mut column = [T::ZERO; MAX_LANES];
-                for (lane, x) in column[..lanes].iter_mut().enumerate() {
-                    // SAFETY: row c + lane and column r, inside by the assertion.
-                    *x = unsafe { *from.add(lane * stride + r) };
+                for r in squares..cols {
+                    let mut column = [T::ZERO; MAX_LANES];
+                    for (lane, x) in column[..lanes].iter_mut().enumerate() {
+                        *x = *from.add(lane * from_stride + r);
+                    }
+                    s.store_ptr(s.load(&column), to.add(r * stride));
                 }
-                s.store(s.load(&column), &mut to[r * width..]);
             }
         }
     }
@@ -126,49 +128,46 @@ kernel! {
 /// Rows of C that the micro-kernel keeps in registers.
 const ROWS: usize = 6;
 
+/// Vectors in a row of its tile: as many as there are registers for.
+const fn wide<T: Float, S: Simd<T>>() -> usize {
+    if S::TILE_ROWS * S::TILE_VECTORS >= 4 * ROWS { 4 } else { 2 }
+}
+
 kernel! {
-    /// C (m, n) = start + A (m, k) B (k, n). B may have more rows and columns than are used. C is written in whole
-    /// vectors as far as its columns reach.
-    pub(super) fn product<'a, T>(s: S; c: Out<'a, T>, a: Left<'a, T>, b: Panels<'a, T>, m: usize, n: usize, k: usize, start: Start<'a, T>) {
+    /// C (m, n) = start + A (m, k) B (k, n). B may have more rows and columns than are used. Rows of C are `c_row` apart and
+    /// are written in whole vectors.
+    pub(super) fn product<'a, T>(s: S; c: &'a mut [T], c_row: usize, a: Left<'a, T>, b: Packed<'a, T>, m: usize, n: usize, k: usize, start: Start<'a, T>) {
         if m == 0 || n == 0 {
             return;
         }
-        assert!(m <= c.rows && n <= c.cols && n <= b.cols && k <= b.rows);
+        assert!(n.next_multiple_of(S::LANES) <= c_row && (m - 1) * c_row + n.next_multiple_of(S::LANES) <= c.len());
         assert!(k == 0 || (m - 1) * a.row + (k - 1) * a.col < a.data.len());
-        assert!(b.rows * b.cols.next_multiple_of(S::LANES) <= b.data.len());
+        assert!(n <= b.cols && k <= b.rows && packed_len(k, b.cols) <= b.data.len());
         let rows = if b.finite { ROWS } else { 1 };
-        for panel in (0..n).step_by(2 * S::LANES) {
+        for panel in (0..n).step_by(wide::<T, S>() * S::LANES) {
+            let vectors = (n - panel).div_ceil(S::LANES).min(wide::<T, S>());
             for i in (0..m).step_by(rows) {
-                // SAFETY: by the assertions row i of A and of C exist, and so does the panel of B.
+                // SAFETY: by the assertions row i of A and of C exist, and so does column `panel` of B.
                 let tile = unsafe {
                     Tile {
                         a: (a.data.as_ptr().add(i * a.row), a.row, a.col),
-                        b: (b.data.as_ptr().add(panel * b.rows), panel_width::<T, S>(b.cols, panel)),
-                        c: (c.at.add(i * c.stride + panel), c.stride),
-                        cols: c.cols - panel,
+                        b: (b.data.as_ptr().add(panel), stride(b.cols)),
+                        c: (c.as_mut_ptr().add(i * c_row + panel), c_row),
                         k,
                         start: if let Start::Scaled(factors) = start { Start::Scaled(&factors[i..m]) } else { start },
                     }
                 };
-                macro_rules! run {
-                    ($rows:expr, $skip:expr) => {
-                        if n - panel > S::LANES {
-                            // SAFETY: there are as many rows, and columns for a second vector.
-                            unsafe { tile.run::<S, { $rows }, 2, $skip>(s) }
-                        } else {
-                            // SAFETY: there are as many rows.
-                            unsafe { tile.run::<S, { $rows }, 1, $skip>(s) }
-                        }
-                    };
-                }
-                match if b.finite { m - i } else { 0 } {
-                    0 => run!(1, true),
-                    1 => run!(1, false),
-                    2 => run!(2, false),
-                    3 => run!(3, false),
-                    4 => run!(4, false),
-                    5 => run!(5, false),
-                    _ => run!(ROWS, false),
+                // SAFETY: there are as many rows, and columns for as many vectors.
+                unsafe {
+                    match if b.finite { m - i } else { 0 } {
+                        0 => tile.columns::<S, 1, true>(s, vectors),
+                        1 => tile.columns::<S, 1, false>(s, vectors),
+                        2 => tile.columns::<S, 2, false>(s, vectors),
+                        3 => tile.columns::<S, 3, false>(s, vectors),
+                        4 => tile.columns::<S, 4, false>(s, vectors),
+                        5 => tile.columns::<S, 5, false>(s, vectors),
+                        _ => tile.columns::<S, ROWS, false>(s, vectors),
+                    }
                 }
             }
         }
@@ -180,56 +179,89 @@ struct Tile<'a, T> {
     a: (*const T, usize, usize),
     b: (*const T, usize),
     c: (*mut T, usize),
-    /// Columns of C from here on.
-    cols: usize,
     k: usize,
     start: Start<'a, T>,
 }
 
+// Loops over rows and vectors read like the formula; iterators would hide it, and keep the sums from their registers.
+#[allow(clippy::needless_range_loop)]
 impl<T: Float> Tile<'_, T> {
+    /// # Safety
+    /// As for `run`.
+    #[inline(always)]
+    unsafe fn columns<S: Simd<T>, const M: usize, const SKIP: bool>(&self, s: S, vectors: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match vectors {
+                1 => self.run::<S, M, 1, SKIP>(s),
+                2 => self.run::<S, M, 2, SKIP>(s),
+                // `if const`, so that only what this token needs is compiled.
+                3 if const { wide::<T, S>() == 4 } => self.run::<S, M, 3, SKIP>(s),
+                _ if const { wide::<T, S>() == 4 } => self.run::<S, M, 4, SKIP>(s),
+                _ => unreachable!("more vectors than a tile has"),
+            }
+        }
+    }
+
     /// `M` rows and `N` vectors of columns. With `SKIP`, terms whose left factor is zero are left out.
     ///
     /// # Safety
-    /// A is readable for M rows and k columns, B for k rows of N vectors, C valid for M rows of min(cols, N vectors).
+    /// A is readable for M rows and k columns, B for k rows of N vectors, C valid for M rows of N vectors.
     #[inline(always)]
     unsafe fn run<S: Simd<T>, const M: usize, const N: usize, const SKIP: bool>(&self, s: S) {
-        let Tile { a: (a, a_row, a_col), b: (b, b_row), c: (c, c_row), cols, k, start } = *self;
-        let width = |v: usize| S::LANES.min(cols.saturating_sub(v * S::LANES));
+        let Tile { a: (a, a_row, a_col), b: (mut b, b_row), c: (c, c_row), k, start } = *self;
         let mut sum = [[s.zero(); N]; M];
-        if !matches!(start, Start::Zero) {
-            for (i, sum) in sum.iter_mut().enumerate() {
-                for (v, sum) in sum.iter_mut().enumerate() {
-                    // SAFETY: inside C.
-                    *sum = unsafe { s.load_ptr_first(c.add(i * c_row + v * S::LANES), width(v), T::ZERO) };
-                    if let Start::Scaled(factors) = start {
-                        *sum = s.mul(*sum, s.splat(factors[i]));
+        // SAFETY: the caller's promise.
+        unsafe {
+            if !matches!(start, Start::Zero) {
+                for i in 0..M {
+                    for v in 0..N {
+                        sum[i][v] = s.load_ptr(c.add(i * c_row + v * S::LANES));
                     }
                 }
             }
-        }
-        for p in 0..k {
-            // SAFETY: row p of B, column p of A.
-            unsafe {
+            if let Start::Scaled(factors) = start {
+                for i in 0..M {
+                    for v in 0..N {
+                        sum[i][v] = s.mul(sum[i][v], s.splat(factors[i]));
+                    }
+                }
+            }
+            let a: [*const T; M] = std::array::from_fn(|i| opaque(a.wrapping_add(i * a_row)));
+            let mut step = 0;
+            for _ in 0..k {
                 let mut row = [s.zero(); N];
-                for (v, row) in row.iter_mut().enumerate() {
-                    *row = s.load_ptr(b.add(p * b_row + v * S::LANES));
+                for v in 0..N {
+                    row[v] = s.load_ptr(b.add(v * S::LANES));
                 }
-                for (i, sum) in sum.iter_mut().enumerate() {
-                    let x = s.splat(*a.add(i * a_row + p * a_col));
-                    for (sum, row) in sum.iter_mut().zip(row) {
-                        let next = s.mul_add(x, row, *sum);
-                        *sum = if SKIP { s.select(s.eq(x, s.zero()), *sum, next) } else { next };
+                for i in 0..M {
+                    let x = s.splat(*a[i].add(step));
+                    for v in 0..N {
+                        let next = s.mul_add(x, row[v], sum[i][v]);
+                        sum[i][v] = if SKIP { s.select(s.eq(x, s.zero()), sum[i][v], next) } else { next };
                     }
+                }
+                b = b.wrapping_add(b_row);
+                step += a_col;
+            }
+            for i in 0..M {
+                for v in 0..N {
+                    s.store_ptr(sum[i][v], c.add(i * c_row + v * S::LANES));
                 }
             }
         }
-        for (i, sum) in sum.iter().enumerate() {
-            for (v, sum) in sum.iter().enumerate() {
-                // SAFETY: inside C.
-                unsafe {
-                    let to = c.add(i * c_row + v * S::LANES);
-                    if width(v) == S::LANES { s.store_ptr(*sum, to) } else { s.store_ptr_first(*sum, to, width(v)) }
-                }
+    }
+}
+
+kernel! {
+    /// out = factor · from, or added to it.
+    pub(super) fn copy_out<'a, T>(s: S; out: Out<'a, T>, from: &'a [T], factor: T, add: bool) {
+        let mut out = out;
+        let factor = s.splat(factor);
+        for (i, from) in from.chunks(stride(out.cols)).take(out.rows).enumerate() {
+            for (out, from) in out.row(i).chunks_mut(S::LANES).zip(from.chunks(S::LANES)) {
+                let before = if add { s.load_first(out, T::ZERO) } else { s.zero() };
+                s.store_first(s.mul_add(factor, s.load_first(from, T::ZERO), before), out);
             }
         }
     }

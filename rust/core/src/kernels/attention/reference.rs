@@ -2,6 +2,7 @@
 
 use super::{Inputs, Masks};
 use crate::simd::{Float, keep_scalar};
+use std::f64::consts::LOG2_E;
 
 /// One row of softmax(scale · q Kᵀ + bias, where kept).
 struct Row<T> {
@@ -10,6 +11,7 @@ struct Row<T> {
     /// What dropout multiplies each weight with.
     factors: Vec<T>,
     kept: Vec<bool>,
+    /// log₂ Σ eˣ of the scores.
     lse: T,
 }
 
@@ -44,7 +46,7 @@ fn row<T: Float>(inputs: &Inputs<'_, T>, index: usize, head: usize, l: usize) ->
         weights: scores.iter().map(share).collect(),
         factors: (0..sequence.keys).map(factor).collect(),
         kept,
-        lse: base + sum.ln(),
+        lse: (base + sum.ln()) * T::from_f64(LOG2_E),
     }
 }
 

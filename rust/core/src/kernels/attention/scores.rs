@@ -4,15 +4,16 @@
 //! whatever stands in the key or the value.
 
 use super::mask::{Masks, Plane};
-use super::product::{Left, Panels, Start, product};
-use super::{Inputs, KEYS, Out, QUERIES, Sequence};
+use super::product::{Left, Packed, Start, product, stride};
+use super::{Inputs, KEYS, QUERIES, Sequence};
 use crate::kernel;
 use crate::rng::Dropout;
-use crate::simd::{Float, MAX_LANES, math};
+use crate::simd::{Float, MAX_LANES, Simd, math};
+use std::f64::consts::LOG2_E;
 use std::ops::Range;
 
-/// From one row of a block to the next. A power of two would put the elements of a column into few cache sets.
-pub(super) const ROW: usize = KEYS + MAX_LANES;
+/// From one row of a block to the next.
+pub(super) const ROW: usize = stride(KEYS);
 /// Numbers of a block.
 pub(super) const BLOCK: usize = QUERIES * ROW;
 
@@ -35,18 +36,14 @@ impl Block {
         self.sequence.query + self.l..self.sequence.query + self.l + self.rows
     }
 
-    /// x = the scores
-    pub fn scores<T: Float>(&self, x: &mut [T], k: Panels<'_, T>, inputs: &Inputs<'_, T>) {
-        let Inputs { heads, q, masks, .. } = inputs;
-        let q = Left { data: q.at(self.query_rows().start, self.head, heads.head_dim), row: q.stride, col: 1 };
-        product(Out::new(x, ROW), q, k, self.rows, self.cols, heads.head_dim, Start::Zero);
-        mask(x, *self, *masks, T::from_f64(heads.scale));
-    }
-
-    /// x = the weights before dropout
-    pub fn weights<T: Float>(&self, x: &mut [T], k: Panels<'_, T>, inputs: &Inputs<'_, T>, lse: &[T]) {
-        self.scores(x, k, inputs);
-        weights(x, *self, lse, inputs.heads.n_heads);
+    /// x = the scores, from queries q and keys kt (transposed and times [`factor`]).
+    pub fn scores<T: Float>(&self, x: &mut [T], q: Left<'_, T>, kt: Packed<'_, T>, inputs: &Inputs<'_, T>) {
+        product(x, ROW, q, kt, self.rows, self.cols, inputs.heads.head_dim, Start::Zero);
+        let Masks { causal, keep, bias, .. } = inputs.masks;
+        let every = !causal || inputs.masks.visible(&self.sequence, self.l) >= self.m + self.cols;
+        if !every || keep.is_some() || bias.is_some() || !self.cols.is_multiple_of(MAX_LANES) {
+            mask(x, *self, inputs.masks);
+        }
     }
 
     /// Dropout's key of row `i` of the block.
@@ -55,20 +52,26 @@ impl Block {
     }
 }
 
+/// What q · k is multiplied with: the scale of the scores, which are kept in units of ln 2, so that weights are powers of 2.
+pub(super) fn factor<T: Float>(scale: f64) -> T {
+    T::from_f64(scale * LOG2_E)
+}
+
 kernel! {
     /// Turns products q · k into scores. Columns behind the block, to the end of a vector, become −∞ too.
-    fn mask<'a, T>(s: S; x: &'a mut [T], block: Block, masks: Masks<'a, T>, scale: T) {
+    fn mask<'a, T>(s: S; x: &'a mut [T], block: Block, masks: Masks<'a, T>) {
         let Block { sequence, index, head, l, rows, m, cols } = block;
-        let factor = s.splat(scale);
+        let unit = s.splat(T::from_f64(LOG2_E));
         let bias = masks.bias.map(|grid| grid.block(index, head, l, m));
         let keep = masks.keep.map(|grid| grid.block(index, head, l, m));
         for (i, x) in x.chunks_mut(ROW).take(rows).enumerate() {
             let visible = masks.visible(&sequence, l + i).saturating_sub(m).min(cols);
             for (j, x) in (0..cols).step_by(S::LANES).zip(x.chunks_exact_mut(S::LANES)) {
-                let mut score = s.mul(s.load(x), factor);
+                let mut score = s.load(x);
                 if let Some(Plane { data, row, col }) = bias {
                     let bias = &data[i * row..];
-                    score = s.add(score, if col == 0 { s.splat(bias[0]) } else { s.load_first(&bias[j..cols], T::ZERO) });
+                    let bias = if col == 0 { s.splat(bias[0]) } else { s.load_first(&bias[j..cols], T::ZERO) };
+                    score = s.mul_add(bias, unit, score);
                 }
                 if visible < j + S::LANES {
                     score = s.select(s.first(visible.saturating_sub(j)), score, s.splat(T::NEG_INFINITY));
@@ -89,12 +92,12 @@ kernel! {
 }
 
 kernel! {
-    /// One step of the running softmax: m' = max(m, max x), weights x = exp(x − m'), l' = exp(m − m') l + Σ x. What was
-    /// summed up so far has to shrink by exp(m − m').
-    pub(super) fn advance<'a, T>(s: S; x: &'a mut [T], cols: usize, maximum: &'a mut [T], sum: &'a mut [T], shrink: &'a mut [T; QUERIES]) {
+    /// One step of the running softmax: m' = max(m, max x), weights w = 2^(x − m'), l' = 2^(m − m') l + Σ w. What was
+    /// summed up so far has to shrink by 2^(m − m'). On return `x` holds dropout(w).
+    pub(super) fn advance<'a, T>(s: S; x: &'a mut [T], block: Block, maximum: &'a mut [T], sum: &'a mut [T], shrink: &'a mut [T; QUERIES], dropout: Option<Dropout>, n_heads: usize) {
         let mut sums = [T::ZERO; QUERIES];
-        for (i, x) in x.chunks_mut(ROW).take(maximum.len()).enumerate() {
-            let x = &mut x[..cols.next_multiple_of(S::LANES)];
+        for (i, x) in x.chunks_mut(ROW).take(block.rows).enumerate() {
+            let x = &mut x[..block.cols.next_multiple_of(S::LANES)];
             // The second argument of `max` wins over NaN: the maximum is never NaN, the weights are.
             let mut highest = s.splat(T::NEG_INFINITY);
             for x in x.chunks_exact(S::LANES) {
@@ -104,19 +107,27 @@ kernel! {
             let before = maximum[i];
             let now = if highest > before { highest } else { before };
             maximum[i] = now;
-            // While no key is kept everything is −∞, and exp(−∞ − 0) = 0.
+            // While no key is kept everything is −∞, and 2^(−∞ − 0) = 0.
             let base = if now == T::NEG_INFINITY { T::ZERO } else { now };
             shrink[i] = if now == before { T::ZERO } else { before - base };
+            let base = s.splat(base);
             let mut total = s.zero();
             for x in x.chunks_exact_mut(S::LANES) {
-                let weight = math::exp(s, s.sub(s.load(x), s.splat(base)));
+                let weight = math::exp2(s, s.sub(s.load(x), base));
                 total = s.add(total, weight);
                 s.store(weight, x);
             }
             sums[i] = s.reduce_sum(total);
+            if let Some(dropout) = dropout {
+                let (key, scale) = (block.row_key(&dropout, i, n_heads), s.splat(T::from_f64(dropout.scale)));
+                for (j, x) in (block.m..).step_by(S::LANES).zip(x.chunks_exact_mut(S::LANES)) {
+                    let keep = s.keep(key, j as u32, dropout.threshold);
+                    s.store(s.select(keep, s.mul(s.load(x), scale), s.zero()), x);
+                }
+            }
         }
         for shrink in shrink.chunks_exact_mut(S::LANES) {
-            s.store(math::exp(s, s.load(shrink)), shrink);
+            s.store(math::exp2(s, s.load(shrink)), shrink);
         }
         for (i, sum) in sum.iter_mut().enumerate() {
             *sum = *sum * shrink[i] + sums[i];
@@ -124,30 +135,19 @@ kernel! {
     }
 }
 
-kernel! {
-    /// x = dropout(x)
-    pub(super) fn drop_weights<'a, T>(s: S; x: &'a mut [T], block: Block, dropout: Dropout, n_heads: usize) {
-        let scale = s.splat(T::from_f64(dropout.scale));
-        for (i, x) in x.chunks_mut(ROW).take(block.rows).enumerate() {
-            let key = block.row_key(&dropout, i, n_heads);
-            for (j, x) in (0..block.cols).step_by(S::LANES).zip(x.chunks_exact_mut(S::LANES)) {
-                let keep = s.keep(key, (block.m + j) as u32, dropout.threshold);
-                s.store(s.select(keep, s.mul(s.load(x), scale), s.zero()), x);
-            }
-        }
-    }
+/// w = 2^(x − lse), the weight once the whole row is known.
+#[inline(always)]
+fn weight<T: Float, S: Simd<T>>(s: S, x: S::V, lse: S::V) -> S::V {
+    s.select(s.eq(x, s.splat(T::NEG_INFINITY)), s.zero(), math::exp2(s, s.sub(x, lse)))
 }
 
 kernel! {
-    /// x = exp(x − lse), the weights once the whole row is known.
-    fn weights<'a, T>(s: S; x: &'a mut [T], block: Block, lse: &'a [T], n_heads: usize) {
-        let nothing = s.splat(T::NEG_INFINITY);
+    /// x = the weights before dropout
+    pub(super) fn normalise<'a, T>(s: S; x: &'a mut [T], block: Block, lse: &'a [T], n_heads: usize) {
         for (x, row) in x.chunks_mut(ROW).zip(block.query_rows()) {
             let lse = s.splat(lse[row * n_heads + block.head]);
             for x in x[..block.cols.next_multiple_of(S::LANES)].chunks_exact_mut(S::LANES) {
-                let score = s.load(x);
-                let weight = math::exp(s, s.sub(score, lse));
-                s.store(s.select(s.eq(score, nothing), s.zero(), weight), x);
+                s.store(weight(s, s.load(x), lse), x);
             }
         }
     }
@@ -156,24 +156,25 @@ kernel! {
 kernel! {
     /// P = softmax(x), y = dropout(P) V, dropout(P) = P ∘ mask:
     /// dP = (dy Vᵀ) ∘ mask, dx = P ∘ (dP − D) with D = rowsum(P ∘ dP) = rowsum(dy ∘ y).
-    /// On entry `p` holds P and `dx` holds dy Vᵀ; on return `p` holds dropout(P) and `dx` scale · dx.
-    pub(super) fn score_gradients<'a, T>(s: S; p: &'a mut [T], dx: &'a mut [T], block: Block, d: &'a [T], dropout: Option<Dropout>, scale: T, n_heads: usize) {
-        let scale = s.splat(scale);
-        for (i, (p, dx)) in p.chunks_mut(ROW).zip(dx.chunks_mut(ROW)).take(block.rows).enumerate() {
-            let row = block.query_rows().start + i;
-            let d = s.splat(d[row * n_heads + block.head]);
+    /// On entry `x` holds the scores and `dx` holds dy Vᵀ; on return `x` holds dropout(P) and `dx` unit · dx.
+    pub(super) fn score_gradients<'a, T>(s: S; x: &'a mut [T], dx: &'a mut [T], block: Block, lse: &'a [T], d: &'a [T], dropout: Option<Dropout>, unit: T, n_heads: usize) {
+        let unit = s.splat(unit);
+        for (i, (x, dx)) in x.chunks_mut(ROW).zip(dx.chunks_mut(ROW)).take(block.rows).enumerate() {
+            let at = (block.query_rows().start + i) * n_heads + block.head;
+            let (lse, d) = (s.splat(lse[at]), s.splat(d[at]));
             let key = dropout.map(|dropout| block.row_key(&dropout, i, n_heads));
-            for (j, (p, dx)) in (0..block.cols).step_by(S::LANES).zip(p.chunks_exact_mut(S::LANES).zip(dx.chunks_exact_mut(S::LANES))) {
-                let weight = s.load(p);
-                let mut dp = s.load(dx);
+            for (j, (x, dx)) in (0..block.cols).step_by(S::LANES).zip(x.chunks_exact_mut(S::LANES).zip(dx.chunks_exact_mut(S::LANES))) {
+                let p = weight(s, s.load(x), lse);
+                let (mut dropped, mut dp) = (p, s.load(dx));
                 if let (Some(dropout), Some(key)) = (dropout, key) {
                     let keep = s.keep(key, (block.m + j) as u32, dropout.threshold);
-                    let factor = s.splat(T::from_f64(dropout.scale));
-                    s.store(s.select(keep, s.mul(weight, factor), s.zero()), p);
-                    dp = s.select(keep, s.mul(dp, factor), s.zero());
+                    let scale = s.splat(T::from_f64(dropout.scale));
+                    dropped = s.select(keep, s.mul(p, scale), s.zero());
+                    dp = s.select(keep, s.mul(dp, scale), s.zero());
                 }
-                let gradient = s.mul(s.mul(weight, s.sub(dp, d)), scale);
-                s.store(s.select(s.eq(weight, s.zero()), s.zero(), gradient), dx);
+                let gradient = s.mul(s.mul(p, s.sub(dp, d)), unit);
+                s.store(dropped, x);
+                s.store(s.select(s.eq(p, s.zero()), s.zero(), gradient), dx);
             }
         }
     }

@@ -9,11 +9,11 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 /// Queries that share packed keys and values in the forward pass.
-pub(super) const CHUNK: usize = 256;
+const CHUNK: usize = 256;
 /// Multiply-adds of a task that is worth handing out.
 const GRAIN: usize = 1 << 19;
-/// Multiply-adds of a task that is long enough.
-pub(super) const LONG: usize = 1 << 29;
+/// Multiply-adds per product of a task that is long enough: some 15 ms of the five products of the backward pass.
+pub(super) const LONG: usize = 1 << 27;
 /// Items aimed at, so that many cores find work.
 const ITEMS: usize = 32;
 
@@ -52,7 +52,7 @@ impl<T: Float> Inputs<'_, T> {
     pub(super) fn by_queries(&self) -> Vec<Item> {
         let count =
             |chunk| self.sequences.iter().map(|s| s.queries.div_ceil(chunk)).sum::<usize>() * self.heads.n_kv_heads;
-        let mut chunk = CHUNK;
+        let mut chunk = (CHUNK / self.heads.group()).max(QUERIES);
         while chunk > QUERIES && count(chunk) < ITEMS {
             chunk /= 2;
         }
@@ -115,6 +115,16 @@ impl<T: Float> Inputs<'_, T> {
             items[tasks[task].clone()].iter().for_each(|item| work(item, scratch));
         })
     }
+}
+
+/// The parts of a task's scratch.
+pub(super) fn split<T, const N: usize>(scratch: &mut [T], lengths: [usize; N]) -> [&mut [T]; N] {
+    let mut rest = scratch;
+    lengths.map(|n| {
+        let (part, behind) = std::mem::take(&mut rest).split_at_mut(n);
+        rest = behind;
+        part
+    })
 }
 
 /// Runs `work(0..tasks)`, each with `scratch` numbers of its own.

@@ -35,6 +35,8 @@ use form::{Exact, Form, Pairs, Rounded};
 use pack::panel_len;
 use tile::{KC, Operands};
 
+pub(super) use tile::opaque;
+
 /// The right factor.
 #[derive(Debug, Clone, Copy)]
 pub enum Rhs<'a, T> {

@@ -174,7 +174,7 @@ pub(super) fn prefetch_c<T: Float, S: Simd<T>>(_: S, c: *const T, c_row: usize) 
 /// The same pointer, its origin hidden: else the compiler derives the rows' addresses from each other, step by step.
 #[inline(always)]
 #[allow(clippy::pointers_in_nomem_asm_block)]
-fn opaque<T>(p: *const T) -> *const T {
+pub(in crate::kernels) fn opaque<T>(p: *const T) -> *const T {
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     {
         let mut p = p;
