@@ -7,6 +7,7 @@ use transformer_core::error::Result;
 use transformer_core::rows::Rows;
 use transformer_core::simd::{Float, zeros};
 use transformer_core::tape::{Pool, Tensor};
+use transformer_core::threads;
 
 /// The layout of an argument or a result.
 #[derive(Clone)]
@@ -78,17 +79,22 @@ impl Form {
         match self {
             Form::Plain { .. } | Form::Columns { .. } => packed.copy_from_slice(values),
             Form::Heads { shape: [_, h, l, k], rows: sequences } => {
-                let mut to = packed.chunks_exact_mut((*k).max(1));
+                let (rows, mut rest, mut parts) = (threads::rows_per_task(cols), &mut packed[..], Vec::new());
                 for (b, length) in sequences.lengths().enumerate() {
-                    for t in 0..length {
-                        for head in 0..*h {
-                            let at = ((b * h + head) * l + t) * k;
-                            if let (Some(to), Some(from)) = (to.next(), values.get(at..at + k)) {
-                                to.copy_from_slice(from);
-                            }
-                        }
+                    for first in (0..length).step_by(rows) {
+                        let (part, behind) = rest.split_at_mut(rows.min(length - first) * cols);
+                        parts.push((b, first, part));
+                        rest = behind;
                     }
                 }
+                threads::for_each(parts.into_iter(), |(b, first, part)| {
+                    for (to, i) in part.chunks_exact_mut((*k).max(1)).zip(0..) {
+                        let at = ((b * h + i % h) * l + first + i / h) * k;
+                        if let Some(from) = values.get(at..at + k) {
+                            to.copy_from_slice(from);
+                        }
+                    }
+                })?;
             }
         }
         Ok(packed)
@@ -108,14 +114,11 @@ impl Form {
             }
             Form::Heads { shape: [b, h, l, k], rows: sequences } => {
                 let mut values = zeros(b * h * l * k)?;
-                for (b, length) in sequences.lengths().enumerate() {
-                    for t in 0..length {
-                        let row = tensor.row(sequences.range(b).start + t);
-                        for (head, part) in row.chunks_exact((*k).max(1)).enumerate() {
-                            let at = ((b * h + head) * l + t) * k;
-                            if let Some(to) = values.get_mut(at..at + k) {
-                                to.copy_from_slice(part);
-                            }
+                for i in 0..sequences.sequences() {
+                    for head in 0..*h {
+                        for (t, row) in sequences.range(i).enumerate() {
+                            let at = ((i * h + head) * l + t) * k;
+                            values[at..at + k].copy_from_slice(&tensor.row(row)[head * k..(head + 1) * k]);
                         }
                     }
                 }

@@ -143,7 +143,7 @@ impl<T: Float> Walk<'_, T> {
         let dy = Operand { data: self.saved.dy, stride: n_heads * head_dim };
         let [k_rows, kt, vt, dk_rows, dv_rows, q_rows, dy_rows, dq_rows, x, dx] = split(self.scratch, scratch(&heads));
         let width = stride(head_dim);
-        // x = factor · Q Kᵀ, and what a unit of it is in weights 2ˣ.
+        // Weights are 2ˣ of x = (factor · Q) Kᵀ, whose gradient is ln 2 times that of x in eˣ.
         let factor = factor(heads.scale);
         let unit = T::from_f64(if let Sink::Bias(_) = sink { 1.0 } else { LN_2 });
 
@@ -156,8 +156,9 @@ impl<T: Float> Walk<'_, T> {
             let m = block * KEYS;
             let keys = KEYS.min(sequence.keys - m);
             let key_rows = sequence.key + m..sequence.key + m + keys;
-            let k = pack(k_rows, k.at(key_rows.start, kv_head, head_dim), k.stride, keys, head_dim, factor);
-            let kt = pack_transposed(kt, k.data, width, keys, head_dim);
+            let k_block = k.at(key_rows.start, kv_head, head_dim);
+            let kt = pack_transposed(kt, k_block, k.stride, keys, head_dim);
+            let k = pack(k_rows, k_block, k.stride, keys, head_dim, T::ONE);
             let vt = pack_transposed(vt, v.at(key_rows.start, kv_head, head_dim), v.stride, keys, head_dim);
             dk_rows.fill(T::ZERO);
             dv_rows.fill(T::ZERO);
@@ -171,7 +172,7 @@ impl<T: Float> Walk<'_, T> {
                     }
                     let block = Block { sequence, index, head, l, rows, m, cols };
                     let query_rows = block.query_rows();
-                    let q = pack(q_rows, q.at(query_rows.start, head, head_dim), q.stride, rows, head_dim, T::ONE);
+                    let q = pack(q_rows, q.at(query_rows.start, head, head_dim), q.stride, rows, head_dim, factor);
                     let dy = pack(dy_rows, dy.at(query_rows.start, head, head_dim), dy.stride, rows, head_dim, T::ONE);
 
                     // P = 2^(x − lse), dP = dy Vᵀ, dx = P ∘ (dP − D)
@@ -185,7 +186,7 @@ impl<T: Float> Walk<'_, T> {
                                 let p = Left { data: x, row: 1, col: ROW };
                                 product(dv_rows, width, p, dy, cols, head_dim, rows, Start::Sum);
                             }
-                            // x = factor · Q Kᵀ: dK += factor · dxᵀ Q, dQ += dx · factor K
+                            // x = (factor · Q) Kᵀ: dK += dxᵀ (factor · Q), dQ += factor · dx K
                             if dk.is_some() {
                                 let dx = Left { data: dx, row: 1, col: ROW };
                                 product(dk_rows, width, dx, q, cols, head_dim, rows, Start::Sum);
@@ -194,7 +195,7 @@ impl<T: Float> Walk<'_, T> {
                                 let dx = Left { data: dx, row: ROW, col: 1 };
                                 product(dq_rows, width, dx, k, rows, head_dim, cols, Start::Zero);
                                 // SAFETY: rows and columns of this item alone.
-                                copy_out(unsafe { dq.part(query_rows, columns(head)) }, dq_rows, T::ONE, true);
+                                copy_out(unsafe { dq.part(query_rows, columns(head)) }, dq_rows, factor, true);
                             }
                         }
                         Sink::Bias(dbias) => {
@@ -211,10 +212,10 @@ impl<T: Float> Walk<'_, T> {
                 }
             }
             if let Sink::Inputs { dk, dv, .. } = &sink {
-                for (out, from, factor) in [(dk, &*dk_rows, factor), (dv, &*dv_rows, T::ONE)] {
+                for (out, from) in [(dk, &*dk_rows), (dv, &*dv_rows)] {
                     if let Some(out) = out {
                         // SAFETY: rows and columns of this item alone.
-                        copy_out(unsafe { out.part(key_rows.clone(), columns(kv_head)) }, from, factor, false);
+                        copy_out(unsafe { out.part(key_rows.clone(), columns(kv_head)) }, from, T::ONE, false);
                     }
                 }
             }

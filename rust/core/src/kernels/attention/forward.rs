@@ -22,10 +22,10 @@ pub fn attention_forward<T: Float>(out: &mut [T], lse: Option<&mut [T]>, inputs:
     })
 }
 
-/// Numbers of scratch for `rows` queries: K, Kᵀ, V, a block of scores; Q and y; the running maximum and sum of every row.
-fn scratch(head_dim: usize, rows: usize) -> [usize; 8] {
+/// Numbers of scratch for `rows` queries: Kᵀ, V, a block of scores; Q and y; the running maximum and sum of every row.
+fn scratch(head_dim: usize, rows: usize) -> [usize; 7] {
     let (keys, queries) = (packed_len(KEYS, head_dim), packed_len(rows, head_dim));
-    [keys, packed_len(head_dim, KEYS), keys, BLOCK, queries, queries, rows, rows]
+    [packed_len(head_dim, KEYS), keys, BLOCK, queries, queries, rows, rows]
 }
 
 fn forward_item<T: Float>(
@@ -41,7 +41,7 @@ fn forward_item<T: Float>(
     let (sequence, kv_head) = (sequences[index], item.heads.start / heads.group());
 
     let rows = item.heads.len() * queries.len();
-    let [k_rows, kt, v_rows, x, q_rows, y, maximum, sum] = split(scratch, self::scratch(head_dim, rows));
+    let [kt, v_rows, x, q_rows, y, maximum, sum] = split(scratch, self::scratch(head_dim, rows));
     maximum.fill(T::NEG_INFINITY);
     sum.fill(T::ZERO);
     let mut shrink = [T::ZERO; QUERIES];
@@ -49,15 +49,14 @@ fn forward_item<T: Float>(
     // Rows of scratch: heads first, then queries.
     for (head, q_rows) in item.heads.clone().zip(q_rows.chunks_mut((queries.len() * width).max(1))) {
         let q_head = q.at(sequence.query + queries.start, head, head_dim);
-        pack(q_rows, q_head, q.stride, queries.len(), head_dim, T::ONE);
+        pack(q_rows, q_head, q.stride, queries.len(), head_dim, factor(heads.scale));
     }
 
     for block in blocks {
         let m = block * KEYS;
         let keys = KEYS.min(masks.visible(&sequence, queries.end - 1) - m);
         let key = sequence.key + m;
-        pack(k_rows, k.at(key, kv_head, head_dim), k.stride, keys, head_dim, factor(heads.scale));
-        let kt = pack_transposed(kt, k_rows, width, keys, head_dim);
+        let kt = pack_transposed(kt, k.at(key, kv_head, head_dim), k.stride, keys, head_dim);
         let v = pack(v_rows, v.at(key, kv_head, head_dim), v.stride, keys, head_dim, T::ONE);
         for (g, head) in item.heads.clone().enumerate() {
             for l in queries.clone().step_by(QUERIES) {
@@ -73,7 +72,16 @@ fn forward_item<T: Float>(
                 let (maximum, sum) = (&mut maximum[first..][..rows], &mut sum[first..][..rows]);
                 advance(x, block, maximum, sum, &mut shrink, masks.dropout, n_heads);
                 let start = if m == 0 { Start::Zero } else { Start::Scaled(&shrink[..rows]) };
-                product(&mut y[first * width..], width, Left { data: x, row: ROW, col: 1 }, v, rows, head_dim, cols, start);
+                product(
+                    &mut y[first * width..],
+                    width,
+                    Left { data: x, row: ROW, col: 1 },
+                    v,
+                    rows,
+                    head_dim,
+                    cols,
+                    start,
+                );
             }
         }
     }
@@ -116,23 +124,22 @@ pub fn attention_weights<T: Float>(weights: &mut [T], lse: &[T], inputs: &Inputs
             Out::new(weights, s.keys)
         })
         .collect();
-    let parts = [packed_len(KEYS, head_dim), packed_len(head_dim, KEYS), packed_len(QUERIES, head_dim), BLOCK];
+    let parts = [packed_len(head_dim, KEYS), packed_len(QUERIES, head_dim), BLOCK];
     inputs.run(inputs.by_queries(), parts.iter().sum(), |item, scratch| {
         let Item { sequence: index, queries, blocks, .. } = item.clone();
         let Inputs { heads, q, k, sequences, masks, .. } = *inputs;
         let (sequence, kv_head) = (sequences[index], item.heads.start / heads.group());
-        let [k_rows, kt, q_rows, x] = split(scratch, parts);
+        let [kt, q_rows, x] = split(scratch, parts);
         for block in blocks {
             let m = block * KEYS;
             let keys = KEYS.min(masks.visible(&sequence, queries.end - 1) - m);
-            let k_block = k.at(sequence.key + m, kv_head, head_dim);
-            pack(k_rows, k_block, k.stride, keys, head_dim, factor(heads.scale));
-            let kt = pack_transposed(kt, k_rows, stride(head_dim), keys, head_dim);
+            let kt = pack_transposed(kt, k.at(sequence.key + m, kv_head, head_dim), k.stride, keys, head_dim);
             for head in item.heads.clone() {
                 for l in queries.clone().step_by(QUERIES) {
                     let rows = QUERIES.min(queries.end - l);
                     let block = Block { sequence, index, head, l, rows, m, cols: keys };
-                    let q = pack(q_rows, q.at(sequence.query + l, head, head_dim), q.stride, rows, head_dim, T::ONE);
+                    let q_block = q.at(sequence.query + l, head, head_dim);
+                    let q = pack(q_rows, q_block, q.stride, rows, head_dim, factor(heads.scale));
                     block.scores(x, q.left(), kt, inputs);
                     normalise(x, block, lse, n_heads);
                     let to = head * sequence.queries + l;

@@ -27,8 +27,8 @@ use crate::simd::Float;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Queries of a block.
-pub(crate) const QUERIES: usize = 64;
+/// Queries of a block: whole tiles of every instruction set, and few enough that their scores stay in the L1 cache.
+pub(crate) const QUERIES: usize = 48;
 /// Keys of a block. Softmax rescales once per block, so bits depend on it.
 pub(crate) const KEYS: usize = 128;
 

@@ -36,7 +36,7 @@ impl Block {
         self.sequence.query + self.l..self.sequence.query + self.l + self.rows
     }
 
-    /// x = the scores, from queries q and keys kt (transposed and times [`factor`]).
+    /// x = the scores, from queries q (times [`factor`]) and keys kt (transposed).
     pub fn scores<T: Float>(&self, x: &mut [T], q: Left<'_, T>, kt: Packed<'_, T>, inputs: &Inputs<'_, T>) {
         product(x, ROW, q, kt, self.rows, self.cols, inputs.heads.head_dim, Start::Zero);
         let Masks { causal, keep, bias, .. } = inputs.masks;

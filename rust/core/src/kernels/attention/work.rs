@@ -3,19 +3,19 @@
 use super::{Inputs, KEYS, QUERIES};
 use crate::error::Result;
 use crate::kernels::gemm::stash;
-use crate::simd::Float;
+use crate::simd::{Float, MAX_LANES};
 use crate::threads;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-/// Queries that share packed keys and values in the forward pass.
-const CHUNK: usize = 256;
+/// Queries that share packed keys and values in the forward pass, at most.
+const CHUNK: usize = 576;
 /// Multiply-adds of a task that is worth handing out.
 const GRAIN: usize = 1 << 19;
 /// Multiply-adds per product of a task that is long enough: some 15 ms of the five products of the backward pass.
 pub(super) const LONG: usize = 1 << 27;
-/// Items aimed at, so that many cores find work.
-const ITEMS: usize = 32;
+/// Items per thread aimed at, so that all have work to the end.
+const ITEMS: usize = 4;
 
 /// A part of one sequence: some queries against some blocks of keys, for heads that share their keys.
 #[derive(Clone, Debug)]
@@ -52,9 +52,13 @@ impl<T: Float> Inputs<'_, T> {
     pub(super) fn by_queries(&self) -> Vec<Item> {
         let count =
             |chunk| self.sequences.iter().map(|s| s.queries.div_ceil(chunk)).sum::<usize>() * self.heads.n_kv_heads;
-        let mut chunk = (CHUNK / self.heads.group()).max(QUERIES);
-        while chunk > QUERIES && count(chunk) < ITEMS {
-            chunk /= 2;
+        let (group, items) = (self.heads.group(), ITEMS * threads::num_threads());
+        let keys = self.sequences.iter().map(|s| s.keys).max().unwrap_or(0);
+        let mut chunk = CHUNK;
+        while chunk > QUERIES
+            && (group * chunk > CHUNK || group * chunk * keys * self.heads.head_dim > 2 * LONG || count(chunk) < items)
+        {
+            chunk = (chunk / 2).next_multiple_of(QUERIES);
         }
         let mut items = Vec::with_capacity(count(chunk));
         for (sequence, s) in self.sequences.iter().enumerate() {
@@ -96,6 +100,8 @@ impl<T: Float> Inputs<'_, T> {
         scratch: usize,
         work: impl Fn(&Item, &mut [T]) + Sync,
     ) -> Result<()> {
+        // Every task's scratch begins on a cache line, like that of the first.
+        let scratch = scratch.next_multiple_of(MAX_LANES);
         let grain = GRAIN / self.heads.head_dim.max(1);
         // The longest first: no thread is left with one at the end.
         items.sort_by_cached_key(|item| std::cmp::Reverse(item.pairs(self)));
