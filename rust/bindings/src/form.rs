@@ -118,7 +118,10 @@ impl Form {
                     for head in 0..*h {
                         for (t, row) in sequences.range(i).enumerate() {
                             let at = ((i * h + head) * l + t) * k;
-                            values[at..at + k].copy_from_slice(&tensor.row(row)[head * k..(head + 1) * k]);
+                            let part = tensor.row(row).get(head * k..(head + 1) * k);
+                            if let (Some(to), Some(part)) = (values.get_mut(at..at + k), part) {
+                                to.copy_from_slice(part);
+                            }
                         }
                     }
                 }
