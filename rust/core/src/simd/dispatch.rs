@@ -15,11 +15,13 @@ pub enum Isa {
     Avx2,
     /// 16 lanes with masks, AVX-512 F, BW, VL and DQ.
     Avx512,
+    /// The same, and tiles of AMX for products of bf16 and int8.
+    Amx,
 }
 
 impl Isa {
     /// All paths, the slowest first.
-    pub const ALL: [Isa; 3] = [Isa::Portable, Isa::Avx2, Isa::Avx512];
+    pub const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Amx];
 
     /// The name `TRANSFORMER_RS_ISA` takes.
     pub fn name(self) -> &'static str {
@@ -27,6 +29,7 @@ impl Isa {
             Isa::Portable => "portable",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Amx => "amx",
         }
     }
 }
@@ -51,21 +54,28 @@ pub struct Features {
     pub fast_bf16: bool,
 }
 
-/// Asks the CPU.
+/// What the CPU answered, asked once per process.
 pub fn features() -> Features {
+    static FEATURES: OnceLock<Features> = OnceLock::new();
+    *FEATURES.get_or_init(detect)
+}
+
+fn detect() -> Features {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::is_x86_feature_detected as has;
         let avx2 = has!("avx2") && has!("fma");
         let avx512 = avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq");
-        let best = if avx512 {
+        let avx512_bf16 = avx512 && has!("avx512bf16");
+        let best = if avx512_bf16 && super::amx::usable() {
+            Isa::Amx
+        } else if avx512 {
             Isa::Avx512
         } else if avx2 {
             Isa::Avx2
         } else {
             Isa::Portable
         };
-        let avx512_bf16 = avx512 && has!("avx512bf16");
         let vendor = std::arch::x86_64::__cpuid(0);
         let amd = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == b"AuthenticAMD";
         Features { best, avx512_bf16, avx512_vnni: avx512 && has!("avx512vnni"), fast_bf16: avx512_bf16 && amd }
@@ -96,7 +106,7 @@ pub(super) fn choose(wanted: Option<&str>, best: Isa) -> Result<Isa> {
             "TRANSFORMER_RS_ISA: this CPU lacks `{isa}`, its best is `{best}`; unset the variable or name a lower level"
         ))),
         None => Err(Error::Config(format!(
-            "TRANSFORMER_RS_ISA: expected `portable`, `avx2` or `avx512`, got `{name}`; unset it to use the best"
+            "TRANSFORMER_RS_ISA: expected `portable`, `avx2`, `avx512` or `amx`, got `{name}`; unset it to use the best"
         ))),
     }
 }
@@ -106,7 +116,7 @@ pub(super) fn best<K: Kernel<f32>>(kernel: K) -> K::Output {
     match chosen() {
         // SAFETY: `choose` returns what the CPU has, never more.
         #[cfg(target_arch = "x86_64")]
-        Ok(Isa::Avx512) => unsafe { super::avx512::run(kernel) },
+        Ok(Isa::Avx512 | Isa::Amx) => unsafe { super::avx512::run(kernel) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Ok(Isa::Avx2) => unsafe { super::avx2::run(kernel) },

@@ -163,7 +163,7 @@ fn operations_of_f32() {
         match isa {
             Isa::Portable => (8, false),
             Isa::Avx2 => (8, true),
-            Isa::Avx512 => (16, true),
+            Isa::Avx512 | Isa::Amx => (16, true),
         }
     );
     operations_match::<f32>(lanes, fused);

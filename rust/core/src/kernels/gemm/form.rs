@@ -15,7 +15,11 @@ pub enum Precision {
 impl Precision {
     /// Whether products of bf16 numbers are faster than those of f32 on the path in use.
     pub fn bf16_is_fast() -> bool {
-        isa() == Ok(Isa::Avx512) && features().fast_bf16
+        match isa() {
+            Ok(Isa::Amx) => true,
+            Ok(Isa::Avx512) => features().fast_bf16,
+            _ => false,
+        }
     }
 }
 
@@ -23,6 +27,8 @@ impl Precision {
 pub(super) trait Form: Copy + Send + Sync + 'static {
     /// Steps along K in a unit.
     const STEPS: usize;
+    /// Packed operands have a multiple of so many units along K, the last ones zeros. More than one: tiles multiply them.
+    const BLOCK: usize = 1;
     /// Whether operands may be read where they lie.
     const IN_PLACE: bool;
     /// How packed operands are multiplied.
@@ -34,6 +40,11 @@ pub(super) trait Form: Copy + Send + Sync + 'static {
     fn adjacent<T: Float, S: Simd<T>>(s: S, low: S::V, high: S::V) -> S::V;
     /// c + a · b, over the steps of the units.
     fn multiply_add<T: Float, S: Simd<T>>(s: S, a: S::V, b: S::V, c: S::V) -> S::V;
+
+    /// Units of a packed operand with so many steps along K.
+    fn units(depth: usize) -> usize {
+        depth.div_ceil(Self::STEPS).next_multiple_of(Self::BLOCK)
+    }
 }
 
 /// Numbers as they are.
@@ -44,9 +55,10 @@ pub(super) struct Exact;
 #[derive(Clone, Copy)]
 pub(super) struct Rounded;
 
-/// Two bf16 numbers side by side, for [`Simd::dot_pairs`].
+/// Two bf16 numbers side by side, for [`Simd::dot_pairs`], or in blocks of [`DEPTH`](crate::simd::amx::DEPTH) for
+/// [`Tiles`](crate::simd::amx::Tiles).
 #[derive(Clone, Copy)]
-pub(super) struct Pairs;
+pub(super) struct Pairs<const BLOCK: usize>;
 
 impl Form for Exact {
     const STEPS: usize = 1;
@@ -91,10 +103,11 @@ impl Form for Rounded {
     }
 }
 
-impl Form for Pairs {
+impl<const BLOCK: usize> Form for Pairs<BLOCK> {
     const STEPS: usize = 2;
+    const BLOCK: usize = BLOCK;
     const IN_PLACE: bool = false;
-    type Packed = Pairs;
+    type Packed = Self;
 
     #[inline(always)]
     fn unit<T: Float, S: Simd<T>>(s: S, first: S::V, second: S::V) -> S::V {

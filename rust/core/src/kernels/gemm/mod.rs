@@ -16,6 +16,8 @@ mod mat;
 mod pack;
 pub(super) mod stash;
 mod tile;
+#[cfg(target_arch = "x86_64")]
+mod tiled;
 
 #[cfg(test)]
 mod tests;
@@ -29,7 +31,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 use crate::error::Result;
-use crate::simd::{Buffer, Float};
+use crate::simd::{Buffer, Float, Isa, isa};
 use crate::{ensure, kernel, threads};
 use form::{Exact, Form, Pairs, Rounded};
 use pack::panel_len;
@@ -131,9 +133,12 @@ pub fn gemm_with<'a, T: Float, E: Epilogue<T>>(
     let b = b.into();
     let run = match (precision, b) {
         (Precision::Full, _) | (_, Rhs::Packed(_)) => product::<T, E, Exact>,
+        (Precision::Bf16, _) if isa() == Ok(Isa::Amx) && size_of::<T>() == size_of::<f32>() => {
+            product::<T, E, Pairs<16>>
+        }
         // f64 is there for checks of f32, whose pairs would not fit.
         (Precision::Bf16, _) if Precision::bf16_is_fast() && size_of::<T>() == size_of::<f32>() => {
-            product::<T, E, Pairs>
+            product::<T, E, Pairs<1>>
         }
         (Precision::Bf16, _) => product::<T, E, Rounded>,
     };
@@ -173,6 +178,14 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
         return Ok(());
     }
 
+    let out = Output { data: c.data.as_mut_ptr(), row_stride: c.row_stride, borrow: PhantomData };
+    #[cfg(target_arch = "x86_64")]
+    if let Rhs::Plain(b) = b
+        && F::BLOCK > 1
+        && depth > 0
+    {
+        return tiled::product(out, a, b, beta, epilogue, workers);
+    }
     let (tile_rows, tile_cols) = tile_shape::<T>();
     let a_in_place = F::IN_PLACE && (a.col_stride == 1 || depth <= 1) && (a.row_stride <= FAR_APART || m < MANY_ROWS);
     let pack_a = !a_in_place;
@@ -182,7 +195,7 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
     let pack_b = matches!(b, Rhs::Plain(b) if b.col_stride != 1 || worth || !F::IN_PLACE);
 
     // From here on, steps along K are counted in units of the form.
-    let units = depth.div_ceil(F::STEPS);
+    let units = F::units(depth);
     let steps = |units: &Range<usize>| units.start * F::STEPS..depth.min(units.end * F::STEPS);
     // Slabs: what is packed at a time.
     let slab_rows = if pack_a { m.min(SLAB_ROWS) } else { m };
@@ -196,7 +209,6 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
     let a_len = if pack_a { slab_rows.div_ceil(tile_rows) * a_panel } else { 0 };
     let b_len = if pack_b { slab_cols.div_ceil(tile_cols) * panel_len(slab_depth, tile_cols) } else { 0 };
 
-    let out = Output { data: c.data.as_mut_ptr(), row_stride: c.row_stride, borrow: PhantomData };
     stash::with(b_len + a_len, |workspace| {
         let (b_packed, a_packed) = workspace.split_at_mut(b_len);
         for rows in blocks(m, slab_rows) {
@@ -292,7 +304,7 @@ fn pack_panels<T: Float, F: Form>(dst: &mut [T], b: Mat<T>, width: usize, worker
         return Ok(());
     }
     let group = (threads::GRAIN / (depth * width)).clamp(1, 16);
-    let parts = dst.chunks_mut(group * panel_len(depth.div_ceil(F::STEPS), width));
+    let parts = dst.chunks_mut(group * panel_len(F::units(depth), width));
     let group = group * width;
     let parts = parts.zip((0..cols).step_by(group)).map(|(part, from)| (part, from..cols.min(from + group)));
     each(parts, workers, |(part, range)| {

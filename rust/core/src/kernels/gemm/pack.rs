@@ -19,9 +19,12 @@ crate::kernel! {
             unreachable!("`product` chose a form that this path lacks");
         }
         let (depth, cols) = b.shape();
-        let units = depth.div_ceil(F::STEPS);
+        let (filled, units) = (depth.div_ceil(F::STEPS), F::units(depth));
         let len = panel_len(units, width);
         assert!(dst.len() >= cols.div_ceil(width) * len);
+        for panel in dst.chunks_mut(len).take(cols.div_ceil(width)) {
+            panel[filled * width..units * width].fill(T::ZERO);
+        }
         if b.col_stride == 1 {
             copy_panels::<T, S, F>(s, dst, b, width);
             return;
@@ -34,7 +37,7 @@ crate::kernel! {
         }
         for from in (whole..cols).step_by(width) {
             let used = width.min(cols - from);
-            for (u, row) in dst[from / width * len..].chunks_exact_mut(width).take(units).enumerate() {
+            for (u, row) in dst[from / width * len..].chunks_exact_mut(width).take(filled).enumerate() {
                 for (v, row) in row.chunks_mut(S::LANES).enumerate() {
                     let column = |j: usize| (v * S::LANES + j < used).then_some(from + v * S::LANES + j);
                     let step = |k: usize| gather(s, |j| column(j).filter(|_| k < depth).map(|j| b.at(k, j)));
@@ -52,7 +55,7 @@ crate::kernel! {
 fn copy_panels<T: Float, S: Simd<T>, F: Form>(s: S, dst: &mut [T], b: Mat<T>, width: usize) {
     let (depth, cols) = b.shape();
     let units = depth.div_ceil(F::STEPS);
-    let (len, reach) = (panel_len(units, width), width.next_multiple_of(S::LANES));
+    let (len, reach) = (panel_len(F::units(depth), width), width.next_multiple_of(S::LANES));
     assert!(depth == 0 || cols == 0 || (depth - 1) * b.row_stride + cols <= b.data.len());
     assert!(reach <= 2 * width && dst.len() >= cols.div_ceil(width) * len);
     // Panels whose last vector is inside the row. A few at a time: more of them written at once are slower than short
@@ -101,13 +104,35 @@ fn copy_panels<T: Float, S: Simd<T>, F: Form>(s: S, dst: &mut [T], b: Mat<T>, wi
 }
 
 crate::kernel! {
-    /// The rows of `a` as contiguous units, `stride` apart; steps that `a` lacks are zeros.
+    /// The rows of `a` as contiguous units, `stride` apart; steps that `a` lacks are zeros. Rows that lie side by side are
+    /// turned in squares, for which `dst` has a multiple of LANES rows and `stride` as many units.
     pub(super) fn pack_rows<'a, T, F: Form>(s: S; dst: &'a mut [T], stride: usize, a: Mat<'a, T>) {
         if const { F::STEPS > 1 && !S::PAIRS } {
             unreachable!("`product` chose a form that this path lacks");
         }
         let (rows, depth) = a.shape();
-        let units = depth.div_ceil(F::STEPS);
+        let units = F::units(depth);
+        if a.row_stride == 1 && a.col_stride != 1 {
+            assert!(dst.len() >= rows.next_multiple_of(S::LANES) * stride && stride >= units.next_multiple_of(S::LANES));
+            for row in (0..rows).step_by(S::LANES) {
+                let count = S::LANES.min(rows - row);
+                let step = |k: usize| match k < depth {
+                    true => s.load_first(&a.data[k * a.col_stride + row..][..count], T::ZERO),
+                    false => s.zero(),
+                };
+                for from in (0..units).step_by(S::LANES) {
+                    let mut square = [T::ZERO; MAX_LANES * MAX_LANES];
+                    for (u, square) in square.chunks_mut(S::LANES).take(S::LANES).enumerate() {
+                        let k = (from + u) * F::STEPS;
+                        let second = if const { F::STEPS == 2 } { step(k + 1) } else { s.zero() };
+                        s.store(F::unit(s, step(k), second), square);
+                    }
+                    // SAFETY: by the assertion `dst` has the square's rows and columns.
+                    unsafe { s.transpose_ptr(square.as_ptr(), S::LANES, dst.as_mut_ptr().add(row * stride + from), stride) };
+                }
+            }
+            return;
+        }
         for (i, dst) in dst.chunks_mut(stride).take(rows).enumerate() {
             let row = (a.col_stride == 1).then(|| &a.data[i * a.row_stride..][..depth]);
             for (v, dst) in dst[..units].chunks_mut(S::LANES).enumerate() {
