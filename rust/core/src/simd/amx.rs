@@ -112,8 +112,7 @@ impl Tiles {
         self.shape = (rows, cols);
         let rows = [rows.min(DEPTH), Self::second(rows).1].map(|rows| rows as u8);
         let cols = [cols.min(DEPTH), Self::second(cols).1].map(|cols| cols as u16 * 4);
-        let mut shapes =
-            Shapes { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+        let mut shapes = Shapes { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
         // C in tiles 0 to 3, row by row; A in 4 and 5, B in 6 and 7.
         shapes.rows[..8].copy_from_slice(&[rows[0], rows[0], rows[1], rows[1], rows[0], rows[1], 16, 16]);
         shapes.row_bytes[..8].copy_from_slice(&[cols[0], cols[1], cols[0], cols[1], 64, 64, cols[0], cols[1]]);

@@ -15,19 +15,25 @@ pub enum Precision {
 impl Precision {
     /// Whether products of bf16 numbers are faster than those of f32 on the path in use.
     pub fn bf16_is_fast() -> bool {
-        match isa() {
-            Ok(Isa::Amx) => true,
-            Ok(Isa::Avx512) => features().fast_bf16,
-            _ => false,
-        }
+        tiles::<f32>() || pairs::<f32>()
     }
+}
+
+/// Whether products of bf16 go by tiles of AMX. (f64 is there for checks of f32, whose pairs would not fit.)
+pub(super) fn tiles<T>() -> bool {
+    isa() == Ok(Isa::Amx) && size_of::<T>() == size_of::<f32>()
+}
+
+/// Whether they go by vectors of pairs.
+pub(super) fn pairs<T>() -> bool {
+    isa() == Ok(Isa::Avx512) && features().fast_bf16 && size_of::<T>() == size_of::<f32>()
 }
 
 /// What packed operands are made of: units of `STEPS` steps along K, each as wide as a `T`.
 pub(super) trait Form: Copy + Send + Sync + 'static {
     /// Steps along K in a unit.
     const STEPS: usize;
-    /// Packed operands have a multiple of so many units along K, the last ones zeros. More than one: tiles multiply them.
+    /// Packed operands have a multiple of so many units along K, the last ones zeros.
     const BLOCK: usize = 1;
     /// Whether operands may be read where they lie.
     const IN_PLACE: bool;
@@ -55,8 +61,7 @@ pub(super) struct Exact;
 #[derive(Clone, Copy)]
 pub(super) struct Rounded;
 
-/// Two bf16 numbers side by side, for [`Simd::dot_pairs`], or in blocks of [`DEPTH`](crate::simd::amx::DEPTH) for
-/// [`Tiles`](crate::simd::amx::Tiles).
+/// Two bf16 numbers side by side, for [`Simd::dot_pairs`], or in blocks as deep as a tile of AMX.
 #[derive(Clone, Copy)]
 pub(super) struct Pairs<const BLOCK: usize>;
 

@@ -55,6 +55,12 @@ impl<'a, T> Mat<'a, T> {
         self.t().rows(range).map(Self::t)
     }
 
+    /// Some of the rows and columns, which are inside.
+    pub(super) fn block(self, rows: Range<usize>, cols: Range<usize>) -> Self {
+        let from = (rows.start * self.row_stride + cols.start * self.col_stride).min(self.data.len());
+        Mat { data: &self.data[from..], rows: rows.len(), cols: cols.len(), ..self }
+    }
+
     /// (rows, columns)
     pub fn shape(&self) -> (usize, usize) {
         (self.rows, self.cols)

@@ -31,7 +31,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 use crate::error::Result;
-use crate::simd::{Buffer, Float, Isa, isa};
+use crate::simd::{Buffer, Float};
 use crate::{ensure, kernel, threads};
 use form::{Exact, Form, Pairs, Rounded};
 use pack::panel_len;
@@ -131,23 +131,21 @@ pub fn gemm_with<'a, T: Float, E: Epilogue<T>>(
     epilogue: &E,
 ) -> Result<()> {
     let b = b.into();
-    let run = match (precision, b) {
-        (Precision::Full, _) | (_, Rhs::Packed(_)) => product::<T, E, Exact>,
-        (Precision::Bf16, _) if isa() == Ok(Isa::Amx) && size_of::<T>() == size_of::<f32>() => {
-            product::<T, E, Pairs<16>>
-        }
-        // f64 is there for checks of f32, whose pairs would not fit.
-        (Precision::Bf16, _) if Precision::bf16_is_fast() && size_of::<T>() == size_of::<f32>() => {
-            product::<T, E, Pairs<1>>
-        }
-        (Precision::Bf16, _) => product::<T, E, Rounded>,
-    };
     let work = c.rows.saturating_mul(c.cols).saturating_mul(a.cols);
+    let run = |workers| match (precision, b) {
+        (Precision::Full, _) | (_, Rhs::Packed(_)) => product::<T, E, Exact>(c, a, b, beta, epilogue, workers),
+        #[cfg(target_arch = "x86_64")]
+        (Precision::Bf16, Rhs::Plain(b)) if form::tiles::<T>() && work > 0 => {
+            tiled::product(c, a, b, beta, epilogue, workers)
+        }
+        (Precision::Bf16, _) if form::pairs::<T>() => product::<T, E, Pairs<1>>(c, a, b, beta, epilogue, workers),
+        (Precision::Bf16, _) => product::<T, E, Rounded>(c, a, b, beta, epilogue, workers),
+    };
     if work < SERIAL_BELOW {
-        return run(c, a, b, beta, epilogue, 1);
+        return run(1);
     }
     // One section for all regions of the product, if the caller has none.
-    threads::section(None, || run(c, a, b, beta, epilogue, threads::num_threads()))
+    threads::section(None, || run(threads::num_threads()))
 }
 
 /// The same as [`gemm`], bit for bit, on the calling thread alone: for use inside tasks.
@@ -169,23 +167,11 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
     epilogue: &E,
     workers: usize,
 ) -> Result<()> {
-    let (m, depth) = a.shape();
-    let (b_rows, n) = b.shape();
-    ensure!(depth == b_rows, Shape, "gemm: A is {m} x {depth}, so B needs {depth} rows; it is {b_rows} x {n}");
-    ensure!((c.rows, c.cols) == (m, n), Shape, "gemm: C must be {m} x {n}, it is {} x {}", c.rows, c.cols);
-    epilogue.check(m, n)?;
+    let (m, n, depth) = check(&c, &a, b.shape(), epilogue)?;
     if m == 0 || n == 0 {
         return Ok(());
     }
 
-    let out = Output { data: c.data.as_mut_ptr(), row_stride: c.row_stride, borrow: PhantomData };
-    #[cfg(target_arch = "x86_64")]
-    if let Rhs::Plain(b) = b
-        && F::BLOCK > 1
-        && depth > 0
-    {
-        return tiled::product(out, a, b, beta, epilogue, workers);
-    }
     let (tile_rows, tile_cols) = tile_shape::<T>();
     let a_in_place = F::IN_PLACE && (a.col_stride == 1 || depth <= 1) && (a.row_stride <= FAR_APART || m < MANY_ROWS);
     let pack_a = !a_in_place;
@@ -209,6 +195,7 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
     let a_len = if pack_a { slab_rows.div_ceil(tile_rows) * a_panel } else { 0 };
     let b_len = if pack_b { slab_cols.div_ceil(tile_cols) * panel_len(slab_depth, tile_cols) } else { 0 };
 
+    let out = Output { data: c.data.as_mut_ptr(), row_stride: c.row_stride, borrow: PhantomData };
     stash::with(b_len + a_len, |workspace| {
         let (b_packed, a_packed) = workspace.split_at_mut(b_len);
         for rows in blocks(m, slab_rows) {
@@ -269,6 +256,20 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
         }
         Ok(())
     })
+}
+
+/// Rows and columns of C and the depth, which fit each other.
+fn check<T: Float, E: Epilogue<T>>(
+    c: &MatMut<T>,
+    a: &Mat<T>,
+    (b_rows, n): (usize, usize),
+    epilogue: &E,
+) -> Result<(usize, usize, usize)> {
+    let (m, depth) = a.shape();
+    ensure!(depth == b_rows, Shape, "gemm: A is {m} x {depth}, so B needs {depth} rows; it is {b_rows} x {n}");
+    ensure!((c.rows, c.cols) == (m, n), Shape, "gemm: C must be {m} x {n}, it is {} x {}", c.rows, c.cols);
+    epilogue.check(m, n)?;
+    Ok((m, n, depth))
 }
 
 /// 0..len in pieces of `step`; one empty piece if there is nothing.

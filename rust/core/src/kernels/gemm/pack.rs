@@ -114,13 +114,13 @@ crate::kernel! {
         let units = F::units(depth);
         if a.row_stride == 1 && a.col_stride != 1 {
             assert!(dst.len() >= rows.next_multiple_of(S::LANES) * stride && stride >= units.next_multiple_of(S::LANES));
-            for row in (0..rows).step_by(S::LANES) {
-                let count = S::LANES.min(rows - row);
-                let step = |k: usize| match k < depth {
-                    true => s.load_first(&a.data[k * a.col_stride + row..][..count], T::ZERO),
-                    false => s.zero(),
-                };
-                for from in (0..units).step_by(S::LANES) {
+            for from in (0..units).step_by(S::LANES) {
+                for row in (0..rows).step_by(S::LANES) {
+                    let count = S::LANES.min(rows - row);
+                    let step = |k: usize| match k < depth {
+                        true => s.load_first(&a.data[k * a.col_stride + row..][..count], T::ZERO),
+                        false => s.zero(),
+                    };
                     let mut square = [T::ZERO; MAX_LANES * MAX_LANES];
                     for (u, square) in square.chunks_mut(S::LANES).take(S::LANES).enumerate() {
                         let k = (from + u) * F::STEPS;

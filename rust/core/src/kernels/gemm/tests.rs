@@ -296,6 +296,60 @@ fn bf16_is_the_product_of_rounded_factors() {
 }
 
 #[test]
+fn tiles_sum_up_blocks_of_32_steps() {
+    if !form::tiles::<f32>() {
+        println!("skipped: no tiles of AMX on this path");
+        return;
+    }
+    // Of each block the even and the odd steps are chains of their own, from +0.
+    let chain = |x: &dyn Fn(usize) -> (f32, f32), k: usize, start: f32| {
+        (0..k).step_by(32).fold(start, |sum, block| {
+            let mut halves = [0.0f32; 2];
+            for l in block..k.min(block + 32) {
+                let (x, y) = x(l);
+                halves[l % 2] = libm::fmaf(bf16(x), bf16(y), halves[l % 2]);
+            }
+            sum + (halves[0] + halves[1])
+        })
+    };
+    for k in [1, 31, 32, 33, 600, 1025, 2100] {
+        for (m, n) in [(1, 1), (15, 33), (16, 16), (17, 32), (31, 15), (33, 17), (100, 65), (32, 1040)] {
+            let kinds = (m + k) % 5;
+            let (mut a, mut b) = (Vec::new(), Vec::new());
+            let (a, b) = (view::<f32>(&mut a, m, k, kinds, 30), view::<f32>(&mut b, k, n, (n + k) % 5, 31));
+            for beta in [Beta::Assign, Beta::Add] {
+                let mut c = vec![0.25f32; m * (n + 1)];
+                let out = MatMut::with_stride(&mut c, m, n, n + 1).unwrap();
+                gemm_with(Precision::Bf16, out, a, b, beta, &NoEpilogue).unwrap();
+                for (at, c) in c.iter().enumerate() {
+                    let (i, j) = (at / (n + 1), at % (n + 1));
+                    let start = if beta == Beta::Add { 0.25 } else { 0.0 };
+                    let expected = if j < n { chain(&|l| (a.at(i, l), b.at(l, j)), k, start) } else { 0.25 };
+                    assert_eq!(*c, expected, "{m} x {n} x {k}, ({i}, {j})");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn bf16_has_epilogues() {
+    for (m, n, k) in [(1, 1, 1), (7, 50, 300), (200, 300, 50), (30, 2100, 1030), (3, 5, 0)] {
+        let (mut a, mut b) = (Vec::new(), Vec::new());
+        let (a, b) = (view::<f32>(&mut a, m, k, 1, 10), view::<f32>(&mut b, k, n, 1, 11));
+        let bias: Vec<f32> = numbers(n, 13);
+        for beta in [Beta::Assign, Beta::Add] {
+            let (mut plain, mut biased) = (vec![1.0; m * n], vec![1.0; m * n]);
+            let out = MatMut::new(&mut plain, m, n).unwrap();
+            gemm_with(Precision::Bf16, out, a, b, beta, &NoEpilogue).unwrap();
+            let out = MatMut::new(&mut biased, m, n).unwrap();
+            gemm_with(Precision::Bf16, out, a, b, beta, &Affine::bias(&bias)).unwrap();
+            assert!(biased.iter().zip(&plain).enumerate().all(|(at, (y, x))| *y == x + bias[at % n]), "{m} {n} {k}");
+        }
+    }
+}
+
+#[test]
 fn bf16_keeps_infinities_and_nan() {
     for special in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 3e38] {
         let a = [special, 1.0, 1.0, 1.0];
