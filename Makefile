@@ -10,7 +10,7 @@ RUST := $(shell find rust -type f \( -name '*.rs' -o -name Cargo.toml \)) Cargo.
 PACKAGE := $(shell find python -type f \( -name '*.py' -o -name '*.pyi' -o -name py.typed \)) pyproject.toml README.md
 # Each instruction set is tested: the best one of this machine (the empty word: what dispatch picks by itself) and those below it.
 FLAGS := $(shell grep -m1 '^flags' /proc/cpuinfo 2>/dev/null)
-ISAS := portable $(if $(filter avx512f,$(FLAGS)),avx2)
+ISAS := portable $(if $(filter avx512f,$(FLAGS)),avx2) $(if $(filter amx_tile,$(FLAGS)),avx512)
 # Options of the programs: make demo ARGS="--minutes 1", make bench ARGS="steps".
 ARGS ?=
 

@@ -97,7 +97,7 @@ print(json.dumps([ratios, {name: rate / rates["activation"] for name, rate in ra
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_f32_is_far_faster_than_the_same_source_on_plain_instructions(isa):
-    order = ["portable", "avx2", "avx512"]
+    order = ["portable", "avx2", "avx512", "amx"]
     best = tr.build_info()["best_isa"]
     if order.index(isa) > order.index(best):
         pytest.skip(f"this CPU has no {isa}")

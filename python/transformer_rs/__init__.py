@@ -1,7 +1,7 @@
 """Transformers on CPUs: train, fine-tune and serve from NumPy arrays.
 
 >>> import transformer_rs as tr
->>> tr.build_info()["isa"] in ("portable", "avx2", "avx512")
+>>> tr.build_info()["isa"] in ("portable", "avx2", "avx512", "amx")
 True
 """
 
@@ -80,7 +80,7 @@ def build_info() -> dict[str, Any]:
     """Say what this build is and what it uses on this machine.
 
     Returns:
-        ``version``; ``isa`` in use and ``best_isa`` of the CPU (``portable``, ``avx2``, ``avx512``);
+        ``version``; ``isa`` in use and ``best_isa`` of the CPU (``portable``, ``avx2``, ``avx512``, ``amx``);
         ``avx512_bf16`` and ``avx512_vnni`` of the CPU; ``threads``; ``target``, ``profile`` and ``rustc`` of the
         build; ``libraries`` with their versions.
 

@@ -2,7 +2,7 @@
 //!
 //! A kernel is one function body, generic over a token `S: Simd<T>`; [`kernel!`](crate::kernel) turns it into a plain
 //! function that picks the token: [`Portable`] anywhere, `Avx2` (8 lanes) or `Avx512` (16 lanes) where the CPU has them,
-//! `Portable` always for f64. Each lane is computed alone and correctly rounded, so the bits of an element depend on the
+//! `Portable` always for f64. Products of bf16 and int8 have tiles beside it, in [`amx`]. Each lane is computed alone and correctly rounded, so the bits of an element depend on the
 //! path taken, never on where in a vector, row or tail it stands.
 //!
 //! ```

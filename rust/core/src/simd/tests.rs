@@ -378,6 +378,7 @@ fn levels_are_checked() {
     assert_eq!(choose(Some(""), Isa::Avx512), Ok(Isa::Avx512));
     assert_eq!(choose(Some("portable"), Isa::Avx2), Ok(Isa::Portable));
     assert_eq!(choose(Some("avx2"), Isa::Avx512), Ok(Isa::Avx2));
+    assert_eq!(choose(Some("avx512"), Isa::Amx), Ok(Isa::Avx512));
     let error = choose(Some("avx512"), Isa::Avx2).unwrap_err();
     assert!(
         matches!(&error, crate::error::Error::Unsupported(text) if text.contains("avx512") && text.contains("avx2"))
