@@ -111,8 +111,9 @@ class Transformer(Generation):
         Weights become int8 with a scale for each output, the nearest of 255 values up to its largest magnitude
         (symmetric, per channel); inputs are brought to int8 when they come, with a scale for each row, so that nothing
         needs calibration (Dettmers et al. 2022 call it vector-wise). Sums are exact, on every CPU, and a sequence's bits
-        do not depend on what else is in the batch. Embeddings, norms, attention over keys and values, and the head stay
-        f32. The weights of linear maps take a quarter of the memory, in files too. The result is not trained.
+        do not depend on what else is in the batch. The output projection is one of the linear maps, unless it is tied to an
+        embedding. Embeddings, norms, and attention over keys and values stay f32. The weights of linear maps take a quarter
+        of the memory, in files too. The result is not trained.
 
         Args:
             precision: ``"int8"``.

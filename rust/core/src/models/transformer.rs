@@ -191,9 +191,10 @@ impl Transformer {
         })
     }
 
-    /// The layout with the weights of all linear maps but the head in int8, for [`Params::quantize`].
+    /// The layout with the weights of all linear maps in int8, for [`Params::quantize`]; a head that is an embedding too
+    /// stays as it is.
     pub fn int8_layout(&self) -> Arc<Layout> {
-        Arc::new(self.layout.in_int8(&[self.head.weight()]))
+        Arc::new(self.layout.in_int8(&[]))
     }
 
     /// Hidden states (R, D) -> logits (R, V).

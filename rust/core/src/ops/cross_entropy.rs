@@ -2,7 +2,7 @@
 
 use super::embedding::check_ids;
 use super::expect_shape;
-use super::linear::{column_sums, matrix, product, product_dw, product_dx, transposed};
+use super::linear::{column_sums, matrix, product, product_dw, product_dx, product_int8, transposed};
 use crate::error::Result;
 use crate::kernels::Beta;
 use crate::kernels::elementwise::{multiple, scale_assign};
@@ -144,6 +144,11 @@ pub fn linear_cross_entropy<T: Float>(
     let (rows, d) = (tape.value(x)?.rows(), tape.value(x)?.cols());
     let v = vocabulary(params, "linear_cross_entropy", d, weight, bias)?;
     check("linear_cross_entropy", rows, targets, v, smoothing)?;
+    ensure!(
+        params.int8(weight).is_none(),
+        Unsupported,
+        "linear_cross_entropy: a weight in int8 gives no gradients; take those of the f32 model"
+    );
     let (w, b, precision) = (params.get(weight), bias.map(|bias| params.get(bias)), tape.precision);
 
     let _timed = profile::forward("linear_cross_entropy", [d, v], || Work::of_parts(rows));
@@ -264,20 +269,19 @@ pub fn token_logprobs<T: Float>(
     let v = vocabulary(params, "token_logprobs", d, weight, bias)?;
     check("token_logprobs", rows, targets, v, 0.0)?;
     let _timed = profile::forward("token_logprobs", [d, v], || Work::product::<T>(rows, d, v));
-    let mut log_p = vec![T::ZERO; rows];
+    let (mut log_p, bias, int8) =
+        (vec![T::ZERO; rows], bias.map(|bias| params.get(bias)), params.packed_int8(&[weight])?);
     let chunk = chunk_rows(v);
     for (i, (log_p, targets)) in log_p.chunks_mut(chunk).zip(targets.chunks(chunk)).enumerate() {
-        let mut logits = tape.pool.tensor(log_p.len(), v)?;
-        let x = Mat::new(&tape.value(x)?[i * chunk * d..], log_p.len(), d)?;
-        product(
-            tape.precision,
-            &mut logits,
-            x,
-            transposed(params.get(weight), v, d)?,
-            bias.map(|bias| params.get(bias)),
-            None,
-            None,
-        )?;
+        let (mut logits, n) = (tape.pool.tensor(log_p.len(), v)?, log_p.len());
+        let x = &tape.value(x)?[i * chunk * d..][..n * d];
+        match &int8 {
+            Some(w) => product_int8(&mut logits, x, w, bias)?,
+            None => {
+                let w = transposed(params.get(weight), v, d)?;
+                product(tape.precision, &mut logits, Mat::new(x, n, d)?, w, bias, None, None)?;
+            }
+        }
         log_probabilities(log_p, &logits, targets, v)?;
         tape.pool.recycle(logits);
     }

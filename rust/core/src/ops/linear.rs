@@ -179,6 +179,11 @@ pub(super) fn product<T: Float>(
     finish(Floats { precision, y: MatMut::new(y, rows, o)?, x, w }, bias, kind, dropout)
 }
 
+/// x Wᵀ + b with weights in int8.
+pub(super) fn product_int8<T: Float>(y: &mut [T], x: &[T], w: &Int8Rhs, bias: Option<&[T]>) -> Result<()> {
+    finish(Int8 { y, x, w }, bias, None, None)
+}
+
 /// The product, its bias, activation and dropout, in one pass.
 fn finish<T: Float>(
     product: impl Multiply<T>,
