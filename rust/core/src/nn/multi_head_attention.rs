@@ -128,7 +128,7 @@ impl MultiHeadAttention {
         rows: &Rows,
     ) -> Result<KeyValueCache<T>> {
         let kv = self.kv.forward(tape, params, memory)?;
-        let mut cache = KeyValueCache::new(rows.sequences(), self.kv_width());
+        let mut cache = self.cache(rows.sequences());
         cache.append(tape.value(kv)?, 2 * self.kv_width(), 0, self.kv_width(), rows)?;
         let kv = tape.take(kv)?;
         tape.pool.recycle(kv);
@@ -137,7 +137,7 @@ impl MultiHeadAttention {
 
     /// An empty cache for [`Source::Growing`].
     pub fn cache<T: Float>(&self, sequences: usize) -> KeyValueCache<T> {
-        KeyValueCache::new(sequences, self.kv_width())
+        KeyValueCache::new(sequences, self.heads.n_kv_heads, self.heads.head_dim)
     }
 
     fn kv_width(&self) -> usize {

@@ -14,7 +14,7 @@ use crate::{bail, ensure};
 use std::ops::Range;
 use std::sync::Arc;
 
-pub use crate::kernels::attention::Heads;
+pub use crate::kernels::attention::{Cache, Heads, Slot};
 
 #[cfg(test)]
 mod tests;
@@ -71,16 +71,12 @@ pub enum KeysValues<'a, T> {
         /// The sequences of both.
         rows: &'a Rows,
     },
-    /// In a cache; not for a tape that records.
+    /// In a cache; not for a tape that records. The first key of a sequence stands at position 0.
     Cached {
-        /// Keys, rows of heads side by side.
-        k: &'a [T],
-        /// Values, likewise.
-        v: &'a [T],
-        /// From one row to the next.
-        row_stride: usize,
-        /// The first row of each sequence, which stands at position 0.
-        starts: &'a [usize],
+        /// Keys and values, slot by slot.
+        cache: Cache<'a, T>,
+        /// The slot of each sequence.
+        slots: &'a [usize],
         /// The number of keys of each sequence.
         lengths: &'a [usize],
     },
@@ -112,13 +108,13 @@ pub fn attention<T: Float>(
             vars.extend([k.var, v.var]);
             (Some((k, v)), None)
         }
-        KeysValues::Cached { k, v, row_stride: stride, .. } => {
+        KeysValues::Cached { cache, .. } => {
             ensure!(
                 !tape.is_recording(),
                 Config,
                 "attention: a cache has no gradient; decode on a tape that does not record"
             );
-            (None, Some((Operand { data: k, stride }, Operand { data: v, stride })))
+            (None, Some(cache))
         }
     };
     let call = Call {
@@ -196,7 +192,7 @@ impl Call {
     fn inputs<'a, T: Float>(
         &'a self,
         value: impl Fn(Var) -> Result<&'a Tensor<T>>,
-        cache: Option<(Operand<'a, T>, Operand<'a, T>)>,
+        cache: Option<Cache<'a, T>>,
     ) -> Result<Inputs<'a, T>> {
         let Heads { n_heads, n_kv_heads, head_dim, .. } = self.heads;
         let largest = |of: fn(&Sequence) -> usize| self.sequences.iter().map(of).max().unwrap_or(0);
@@ -216,19 +212,17 @@ impl Call {
             Ok(Operand { data: tensor.get(columns.start..).unwrap_or_default(), stride: tensor.cols() })
         };
         let width = n_kv_heads * head_dim;
+        let nothing = Operand { data: &[][..], stride: 0 };
         let (k, v) = match (self.keys, cache) {
             (Some((k, v)), _) => (operand("k", k, keys, width)?, operand("v", v, keys, width)?),
-            (None, Some((k, v))) => {
-                let needed = if keys == 0 { 0 } else { (keys - 1) * k.stride + width };
+            (None, Some(cache)) => {
+                let (slots, most) = (largest(|s| s.key + 1), largest(|s| s.keys));
                 ensure!(
-                    k.data.len().min(v.data.len()) >= needed && k.stride >= width,
+                    (most == 0 || cache.has(slots, n_kv_heads, head_dim)) && most <= cache.slot.capacity,
                     Shape,
-                    "attention: the cache holds {} and {} numbers in rows of {}; expected {needed} in rows of {width} or more",
-                    k.data.len(),
-                    v.data.len(),
-                    k.stride
+                    "attention: the cache has no {slots} slots of {most} keys of {n_kv_heads} heads of {head_dim}"
                 );
-                (k, v)
+                (nothing, nothing)
             }
             (None, None) => bail!(Internal, "attention: keys are missing"),
         };
@@ -251,6 +245,7 @@ impl Call {
             q: operand("q", self.q, queries, n_heads * head_dim)?,
             k,
             v,
+            cache,
             sequences: &self.sequences,
             masks: kernel::Masks { causal: self.causal, keep, bias, dropout: self.dropout },
         })
@@ -262,14 +257,14 @@ fn sequences<T>(rows: &Rows, keys_values: &KeysValues<'_, T>) -> Result<Vec<Sequ
     let n = rows.sequences();
     let given = match keys_values {
         KeysValues::Packed { rows, .. } => rows.sequences(),
-        KeysValues::Cached { starts, lengths, .. } if starts.len() == n => lengths.len(),
-        KeysValues::Cached { starts, .. } => starts.len(),
+        KeysValues::Cached { slots, lengths, .. } if slots.len() == n => lengths.len(),
+        KeysValues::Cached { slots, .. } => slots.len(),
     };
     ensure!(given == n, Shape, "attention: expected keys of {n} sequences, one for each of the queries', got {given}");
     let one = |i: usize| {
         let (key, keys, first) = match keys_values {
             KeysValues::Packed { rows, .. } => (rows.range(i).start, rows.length(i), rows.first_position(i)),
-            KeysValues::Cached { starts, lengths, .. } => (starts[i], lengths[i], 0),
+            KeysValues::Cached { slots, lengths, .. } => (slots[i], lengths[i], 0),
         };
         let shift = rows.first_position(i) as isize - first as isize;
         Sequence { query: rows.range(i).start, queries: rows.length(i), key, keys, shift }

@@ -135,7 +135,7 @@ struct Walk<'a, T> {
 impl<T: Float> Walk<'_, T> {
     /// Block of keys by block of keys, against the blocks of queries that may see it.
     fn run(self, item: &Item, mut sink: Sink<'_, '_, T>) {
-        let Inputs { heads, q, k, v, sequences, masks } = *self.inputs;
+        let Inputs { heads, q, k, v, sequences, masks, .. } = *self.inputs;
         let Heads { n_heads, head_dim, .. } = heads;
         let Item { sequence: index, queries, blocks, .. } = item.clone();
         let (sequence, kv_head) = (sequences[index], item.heads.start / heads.group());

@@ -35,7 +35,7 @@ fn forward_item<T: Float>(
     item: &Item,
     scratch: &mut [T],
 ) {
-    let Inputs { heads, q, k, v, sequences, masks } = *inputs;
+    let Inputs { heads, q, k, v, cache, sequences, masks } = *inputs;
     let Item { sequence: index, queries, blocks, .. } = item.clone();
     let Heads { n_heads, head_dim, .. } = heads;
     let (sequence, kv_head) = (sequences[index], item.heads.start / heads.group());
@@ -55,9 +55,14 @@ fn forward_item<T: Float>(
     for block in blocks {
         let m = block * KEYS;
         let keys = KEYS.min(masks.visible(&sequence, queries.end - 1) - m);
-        let key = sequence.key + m;
-        let kt = pack_transposed(kt, k.at(key, kv_head, head_dim), k.stride, keys, head_dim);
-        let v = pack(v_rows, v.at(key, kv_head, head_dim), v.stride, keys, head_dim, T::ONE);
+        let (kt, v) = match cache {
+            Some(cache) => cache.block(sequence.key, kv_head, m, keys),
+            None => {
+                let key = sequence.key + m;
+                let kt = pack_transposed(kt, k.at(key, kv_head, head_dim), k.stride, keys, head_dim);
+                (kt, pack(v_rows, v.at(key, kv_head, head_dim), v.stride, keys, head_dim, T::ONE))
+            }
+        };
         for (g, head) in item.heads.clone().enumerate() {
             for l in queries.clone().step_by(QUERIES) {
                 let rows = QUERIES.min(queries.end - l);
@@ -127,13 +132,16 @@ pub fn attention_weights<T: Float>(weights: &mut [T], lse: &[T], inputs: &Inputs
     let parts = [packed_len(head_dim, KEYS), packed_len(QUERIES, head_dim), BLOCK];
     inputs.run(inputs.by_queries(), parts.iter().sum(), |item, scratch| {
         let Item { sequence: index, queries, blocks, .. } = item.clone();
-        let Inputs { heads, q, k, sequences, masks, .. } = *inputs;
+        let Inputs { heads, q, k, cache, sequences, masks, .. } = *inputs;
         let (sequence, kv_head) = (sequences[index], item.heads.start / heads.group());
         let [kt, q_rows, x] = split(scratch, parts);
         for block in blocks {
             let m = block * KEYS;
             let keys = KEYS.min(masks.visible(&sequence, queries.end - 1) - m);
-            let kt = pack_transposed(kt, k.at(sequence.key + m, kv_head, head_dim), k.stride, keys, head_dim);
+            let kt = match cache {
+                Some(cache) => cache.block(sequence.key, kv_head, m, keys).0,
+                None => pack_transposed(kt, k.at(sequence.key + m, kv_head, head_dim), k.stride, keys, head_dim),
+            };
             for head in item.heads.clone() {
                 for l in queries.clone().step_by(QUERIES) {
                     let rows = QUERIES.min(queries.end - l);

@@ -6,6 +6,7 @@
 //! keys it may see and the two constants; which rows share a block or a task cannot be seen in any bit.
 
 mod backward;
+mod cache;
 mod forward;
 mod mask;
 mod product;
@@ -17,6 +18,7 @@ mod work;
 mod tests;
 
 pub use backward::{Gradients, Saved, attention_backward, attention_bias_backward};
+pub use cache::{Cache, Slot};
 pub use forward::{attention_forward, attention_weights};
 pub use mask::{Grid, Masks};
 pub use reference::{attention_backward_reference, attention_reference};
@@ -75,7 +77,7 @@ pub struct Sequence {
     pub query: usize,
     /// Number of queries, L.
     pub queries: usize,
-    /// First row of its keys and values.
+    /// First row of its keys and values, or its slot of the cache.
     pub key: usize,
     /// Number of keys, M.
     pub keys: usize,
@@ -94,6 +96,8 @@ pub struct Inputs<'a, T> {
     pub k: Operand<'a, T>,
     /// Values, one row per key.
     pub v: Operand<'a, T>,
+    /// Where keys and values are instead of `k` and `v`; for the forward pass.
+    pub cache: Option<Cache<'a, T>>,
     /// Which rows belong together.
     pub sequences: &'a [Sequence],
     /// Which keys a query may see, and what is added to and dropped from it.

@@ -18,20 +18,27 @@ pub(super) struct Left<'a, T> {
     pub col: usize,
 }
 
-/// The right factor, `rows` by `cols`, as `pack` laid it out.
+/// The right factor, `rows` by `cols`, as `pack` laid it out, or a cache.
 #[derive(Clone, Copy)]
 pub(super) struct Packed<'a, T> {
     pub data: &'a [T],
     rows: usize,
     cols: usize,
+    /// From one row to the next, each with room for whole vectors.
+    stride: usize,
     /// No infinity and no NaN inside.
     finite: bool,
 }
 
 impl<'a, T> Packed<'a, T> {
+    /// What lies so already.
+    pub fn new(data: &'a [T], rows: usize, cols: usize, stride: usize, finite: bool) -> Self {
+        Packed { data, rows, cols, stride, finite }
+    }
+
     /// The same numbers as a left factor.
     pub fn left(&self) -> Left<'a, T> {
-        Left { data: self.data, row: stride(self.cols), col: 1 }
+        Left { data: self.data, row: self.stride, col: 1 }
     }
 }
 
@@ -67,7 +74,7 @@ pub(super) fn pack<'a, T: Float>(
     factor: T,
 ) -> Packed<'a, T> {
     let finite = copy_rows(to, from, from_stride, rows, cols, factor);
-    Packed { data: to, rows, cols, finite }
+    Packed { data: to, rows, cols, stride: stride(cols), finite }
 }
 
 /// The transposed matrix: `cols` rows and `rows` columns. Its numbers are taken for finite.
@@ -79,7 +86,7 @@ pub(super) fn pack_transposed<'a, T: Float>(
     cols: usize,
 ) -> Packed<'a, T> {
     copy_columns(to, from, from_stride, rows, cols);
-    Packed { data: to, rows: cols, cols: rows, finite: true }
+    Packed { data: to, rows: cols, cols: rows, stride: stride(rows), finite: true }
 }
 
 kernel! {
@@ -142,7 +149,9 @@ kernel! {
         }
         assert!(n.next_multiple_of(S::LANES) <= c_row && (m - 1) * c_row + n.next_multiple_of(S::LANES) <= c.len());
         assert!(k == 0 || (m - 1) * a.row + (k - 1) * a.col < a.data.len());
-        assert!(n <= b.cols && k <= b.rows && packed_len(k, b.cols) <= b.data.len());
+        let whole = b.cols.next_multiple_of(S::LANES);
+        assert!(n <= b.cols && k <= b.rows && whole <= b.stride);
+        assert!(k == 0 || (k - 1) * b.stride + whole <= b.data.len());
         let rows = if b.finite { ROWS } else { 1 };
         for panel in (0..n).step_by(wide::<T, S>() * S::LANES) {
             let vectors = (n - panel).div_ceil(S::LANES).min(wide::<T, S>());
@@ -151,7 +160,7 @@ kernel! {
                 let tile = unsafe {
                     Tile {
                         a: (a.data.as_ptr().add(i * a.row), a.row, a.col),
-                        b: (b.data.as_ptr().add(panel), stride(b.cols)),
+                        b: (b.data.as_ptr().add(panel), b.stride),
                         c: (c.as_mut_ptr().add(i * c_row + panel), c_row),
                         k,
                         start: if let Start::Scaled(factors) = start { Start::Scaled(&factors[i..m]) } else { start },

@@ -77,6 +77,7 @@ impl<T: Float> Case<T> {
             q: Operand { data: &self.q, stride: n_heads * head_dim },
             k: Operand { data: &self.k, stride: n_kv_heads * head_dim },
             v: Operand { data: &self.v, stride: n_kv_heads * head_dim },
+            cache: None,
             sequences: &self.sequences,
             masks: Masks {
                 causal: self.causal,

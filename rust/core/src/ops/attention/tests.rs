@@ -137,19 +137,19 @@ fn cached_keys_give_the_bits_of_packed_ones() {
     let x = tape.constant(normal(n, 48, 1));
     let packed = KeysValues::Packed { k: at(x, 24), v: at(x, 36), rows: &rows };
     let whole = attention(&mut tape, at(x, 0), &rows, packed, heads, &masks).unwrap();
-    // The cache has wider rows, and another sequence before this one.
-    let values = normal::<f32>(n, 48, 1);
-    let (mut k, mut v) = (vec![f32::NAN; (n + 3) * 20], vec![f32::NAN; (n + 3) * 20]);
+    // Another sequence has the slot before this one.
+    let (values, slot) = (normal::<f32>(n, 48, 1), Slot::new::<f32>(2, 6, n));
+    let (mut k, mut v) = (vec![f32::NAN; 2 * slot.keys_len()], vec![f32::NAN; 2 * slot.values_len()]);
     for i in 0..n {
-        k[(i + 3) * 20..][..12].copy_from_slice(&values.row(i)[24..36]);
-        v[(i + 3) * 20..][..12].copy_from_slice(&values.row(i)[36..]);
+        let (k, v) = (&mut k[slot.keys_len()..], &mut v[slot.values_len()..]);
+        assert!(slot.put(k, v, i, &values.row(i)[24..36], &values.row(i)[36..]));
     }
+    let cache = Cache { keys: &k, values: &v, slot, finite: true };
     for (first, queries) in [(0, 1), (0, 130), (127, 1), (128, 1), (100, 40), (139, 1)] {
         let q: Vec<f32> = (first..first + queries).flat_map(|i| values.row(i)[..24].to_vec()).collect();
         let q = tape.constant(Tensor::from_slice(queries, 24, &q).unwrap());
         let new = Rows::from_lengths(&[queries]).starting_at(&[first]).unwrap();
-        let (starts, lengths) = (&[3], &[first + queries]);
-        let cached = KeysValues::Cached { k: &k, v: &v, row_stride: 20, starts, lengths };
+        let cached = KeysValues::Cached { cache, slots: &[1], lengths: &[first + queries] };
         let y = attention(&mut tape, at(q, 0), &new, cached, heads, &masks).unwrap();
         let expected = &tape.value(whole).unwrap()[first * 24..(first + queries) * 24];
         let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
@@ -211,13 +211,18 @@ fn wrong_arguments_are_named() {
         assert!(error(0, 16, &rows, good, &Masks { dropout: Some((0, p)), ..none }).contains("`dropout`"));
     }
 
-    let cached = |starts, lengths| KeysValues::Cached { k: &[0.0; 40], v: &[0.0; 40], row_stride: 8, starts, lengths };
+    let slot = Slot::new::<f32>(2, 4, 3);
+    let (keys, values) = (vec![0.0; 3 * slot.keys_len()], vec![0.0; 3 * slot.values_len()]);
+    let cache = Cache { keys: &keys, values: &values, slot, finite: true };
+    let cached = |slots, lengths| KeysValues::Cached { cache, slots, lengths };
     let text = attention(&mut tape, at(x, 0), &rows, cached(&[0, 2], &[2, 3]), good, &none).unwrap_err().to_string();
     assert!(text.contains("decode on a tape that does not record"), "{text}");
     let mut tape = Tape::<f32>::evaluation(Pool::default());
     let x = tape.constant(normal(5, 24, 1));
     assert!(attention(&mut tape, at(x, 0), &rows, cached(&[0, 2], &[2, 3]), good, &none).is_ok());
-    for (starts, lengths) in [(&[0, 2][..], &[2, 4][..]), (&[0], &[2, 3]), (&[0, 2], &[2]), (&[9, 0], &[1, 1])] {
-        assert!(attention(&mut tape, at(x, 0), &rows, cached(starts, lengths), good, &none).is_err());
+    for (slots, lengths) in [(&[0, 3][..], &[2, 3][..]), (&[0], &[2, 3]), (&[0, 2], &[2]), (&[0, 1], &[1, 17])] {
+        assert!(attention(&mut tape, at(x, 0), &rows, cached(slots, lengths), good, &none).is_err());
     }
+    let other = heads(1, 1, 8);
+    assert!(attention(&mut tape, at(x, 0), &rows, cached(&[0, 2], &[2, 3]), other, &none).is_err());
 }
