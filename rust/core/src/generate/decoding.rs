@@ -129,12 +129,14 @@ impl Decoding {
         let waiting = std::mem::take(&mut self.waiting);
         let (follows, mut parents) = (follows?, Vec::new());
         self.waiting = waiting;
+        let search = profile::part("search", [0, 0], || Work::of_parts(follows.len()));
         let mut row = 0;
         for beam in &mut beams {
             let alive = beam.alive();
             beam.step(&follows[row..row + alive], model.config().eos_id, |parent| parents.push(row + parent));
             row += alive;
         }
+        drop(search);
         let (done, live) = beams.into_iter().partition::<Vec<_>, _>(|beam| beam.alive() == 0);
         if let Some(mut state) = state.filter(|_| !live.is_empty()) {
             profile::part("reorder", [0, 0], || Work::of_parts(parents.len())).run(|| state.reorder(&parents))?;

@@ -3,6 +3,7 @@
 use crate::ensure;
 use crate::error::Result;
 use crate::ops::{Cache, KeysValues, Slot};
+use crate::profile::{self, Work};
 use crate::rows::Rows;
 use crate::simd::{Buffer, Float};
 use crate::threads::for_each;
@@ -56,13 +57,16 @@ impl<T: Float> KeyValueCache<T> {
             rows.sequences()
         );
         let longest = (0..self.sequences()).map(|i| self.lengths[i] + rows.length(i)).max().unwrap_or(0);
+        let width = self.slot.key_width();
+        let _timed =
+            profile::span("key/value cache", [width, 0], || Work::passes::<T>(4, rows.total(), width));
         if longest == 0 {
             return Ok(()); // before anything is allocated
         }
         if longest > self.slot.capacity || self.allocated() == 0 {
             self.lay_out(self.sequences(), longest.max(self.slot.capacity))?;
         }
-        let (slot, width) = (self.slot, self.slot.key_width());
+        let slot = self.slot;
         let mut sequence = vec![None; self.allocated()];
         self.slots.iter().enumerate().for_each(|(i, &slot)| sequence[slot] = Some(i));
         let mut finite = vec![true; sequence.len()];

@@ -90,6 +90,8 @@ impl<T: Float> PackedRhs<T> {
 
 /// Below this number of multiply-adds a product runs on the calling thread.
 const SERIAL_BELOW: usize = 1 << 20;
+/// Fewer rows than this take as long: B has to come from memory.
+const LEAST_ROWS: usize = 8;
 /// A task has at least so many multiply-adds: some ten microseconds.
 const TASK: usize = 1 << 18;
 /// Rows and columns of a task at most: its part of A and of C stay in the L2 cache.
@@ -131,16 +133,17 @@ pub fn gemm_with<'a, T: Float, E: Epilogue<T>>(
     epilogue: &E,
 ) -> Result<()> {
     let b = b.into();
-    let work = c.rows.saturating_mul(c.cols).saturating_mul(a.cols);
+    let empty = c.rows == 0 || c.cols == 0 || a.cols == 0;
     let run = |workers| match (precision, b) {
         (Precision::Full, _) | (_, Rhs::Packed(_)) => product::<T, E, Exact>(c, a, b, beta, epilogue, workers),
         #[cfg(target_arch = "x86_64")]
-        (Precision::Bf16, Rhs::Plain(b)) if form::tiles::<T>() && work > 0 => {
+        (Precision::Bf16, Rhs::Plain(b)) if form::tiles::<T>() && !empty => {
             tiled::product(c, a, b, beta, epilogue, workers)
         }
         (Precision::Bf16, _) if form::pairs::<T>() => product::<T, E, Pairs<1>>(c, a, b, beta, epilogue, workers),
         (Precision::Bf16, _) => product::<T, E, Rounded>(c, a, b, beta, epilogue, workers),
     };
+    let work = c.rows.max(LEAST_ROWS).saturating_mul(c.cols).saturating_mul(a.cols);
     if work < SERIAL_BELOW {
         return run(1);
     }
@@ -355,7 +358,7 @@ impl Grid {
         let row_blocks = rows.div_ceil(TASK_ROWS);
         let row_block = rows.div_ceil(row_blocks).next_multiple_of(tile.0);
         let at_once = tile::panels_at_once(rows.min(row_block)) * tile.1;
-        let at_least = (TASK / (row_block.min(rows) * depth.max(1)).max(1)).max(1);
+        let at_least = (TASK / (row_block.min(rows).max(LEAST_ROWS) * depth.max(1)).max(1)).max(1);
         let wanted = match workers {
             1 => cols,
             _ => cols.div_ceil((8 * workers).div_ceil(row_blocks)),

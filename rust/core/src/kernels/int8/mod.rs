@@ -29,6 +29,8 @@ const TASK_ROWS: usize = 96;
 const TASK: usize = 1 << 20;
 /// Below this number of multiply-adds a product runs on the calling thread.
 const SERIAL_BELOW: usize = 1 << 21;
+/// Fewer rows than this take as long: the weights have to come from memory.
+const LEAST_ROWS: usize = 8;
 
 /// y (R, O) = epilogue(x Wᵀ), with x (R, K) brought to int8 row by row.
 pub fn product<T: Float, E: Epilogue<T>>(y: &mut [T], x: &[T], w: &Int8Rhs, epilogue: &E) -> Result<()> {
@@ -49,7 +51,7 @@ fn product_by<T: Float, E: Epilogue<T>>(bytes: Bytes, y: &mut [T], x: &[T], w: &
     if rows == 0 {
         return Ok(());
     }
-    let work = rows.saturating_mul(outputs).saturating_mul(depth);
+    let work = rows.max(LEAST_ROWS).saturating_mul(outputs).saturating_mul(depth);
     if work < SERIAL_BELOW {
         return run(bytes, y, x, w, epilogue, 1);
     }
@@ -119,7 +121,7 @@ impl Grid {
     fn new(rows: usize, panels: usize, depth: usize, workers: usize) -> Self {
         let row_blocks = rows.div_ceil(TASK_ROWS);
         let row_block = rows.div_ceil(row_blocks).next_multiple_of(TILE_ROWS);
-        let at_least = TASK.div_ceil((row_block.min(rows) * depth.max(1) * PANEL).max(1));
+        let at_least = TASK.div_ceil((row_block.min(rows).max(LEAST_ROWS) * depth.max(1) * PANEL).max(1));
         let wanted = match workers {
             1 => panels,
             _ => panels.div_ceil((8 * workers).div_ceil(row_blocks)),
