@@ -58,8 +58,7 @@ impl<T: Float> KeyValueCache<T> {
         );
         let longest = (0..self.sequences()).map(|i| self.lengths[i] + rows.length(i)).max().unwrap_or(0);
         let width = self.slot.key_width();
-        let _timed =
-            profile::span("key/value cache", [width, 0], || Work::passes::<T>(4, rows.total(), width));
+        let _timed = profile::span("key/value cache", [width, 0], || Work::passes::<T>(4, rows.total(), width));
         if longest == 0 {
             return Ok(()); // before anything is allocated
         }

@@ -133,6 +133,7 @@ pub fn gemm_with<'a, T: Float, E: Epilogue<T>>(
     epilogue: &E,
 ) -> Result<()> {
     let b = b.into();
+    let work = c.rows.max(LEAST_ROWS).saturating_mul(c.cols).saturating_mul(a.cols);
     let empty = c.rows == 0 || c.cols == 0 || a.cols == 0;
     let run = |workers| match (precision, b) {
         (Precision::Full, _) | (_, Rhs::Packed(_)) => product::<T, E, Exact>(c, a, b, beta, epilogue, workers),
@@ -143,7 +144,6 @@ pub fn gemm_with<'a, T: Float, E: Epilogue<T>>(
         (Precision::Bf16, _) if form::pairs::<T>() => product::<T, E, Pairs<1>>(c, a, b, beta, epilogue, workers),
         (Precision::Bf16, _) => product::<T, E, Rounded>(c, a, b, beta, epilogue, workers),
     };
-    let work = c.rows.max(LEAST_ROWS).saturating_mul(c.cols).saturating_mul(a.cols);
     if work < SERIAL_BELOW {
         return run(1);
     }
