@@ -32,7 +32,15 @@ fn attention(c: &mut Criterion) {
         for (causal, p) in [(false, 0.0), (true, 0.0), (true, 0.1)] {
             let dropout = (p > 0.0).then(|| Dropout::new(Key::new(1), p));
             let masks = Masks { causal, keep: None, bias: None, dropout };
-            let inputs = Inputs { heads, q: operand(&q), k: operand(&k), v: operand(&v), sequences: &sequences, masks };
+            let inputs = Inputs {
+                heads,
+                q: operand(&q),
+                k: operand(&k),
+                v: operand(&v),
+                cache: None,
+                sequences: &sequences,
+                masks,
+            };
             let pairs = batch * if causal { length * (length + 1) / 2 } else { length * length };
             let name = format!("{batch}x{n_heads}x{length}x{HEAD_DIM}{}", if causal { " causal" } else { "" });
             let name = if p > 0.0 { format!("{name}, dropout") } else { name };
