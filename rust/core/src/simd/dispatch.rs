@@ -76,12 +76,41 @@ fn detect() -> Features {
         } else {
             Isa::Portable
         };
-        let vendor = std::arch::x86_64::__cpuid(0);
-        let amd = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == b"AuthenticAMD";
+        let amd = vendor() == *b"AuthenticAMD";
         Features { best, avx512_bf16, avx512_vnni: avx512 && has!("avx512vnni"), fast_bf16: avx512_bf16 && amd }
     }
     #[cfg(not(target_arch = "x86_64"))]
     Features { best: Isa::Portable, avx512_bf16: false, avx512_vnni: false, fast_bf16: false }
+}
+
+/// Lines of a set of the L1 data cache: rows that lie a page apart share one. 8 where the CPU does not tell.
+pub fn l1_ways() -> usize {
+    static WAYS: OnceLock<usize> = OnceLock::new();
+    *WAYS.get_or_init(|| {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::{__cpuid, __cpuid_count};
+            // The first cache that is listed: level 1, data.
+            let leaf = if vendor() == *b"AuthenticAMD" { 0x8000_001d } else { 4 };
+            if __cpuid(leaf & 0x8000_0000).eax >= leaf {
+                let cache = __cpuid_count(leaf, 0);
+                if cache.eax & 0xff == 0x21 {
+                    return (cache.ebx >> 22) as usize + 1;
+                }
+            }
+        }
+        8
+    })
+}
+
+#[cfg(target_arch = "x86_64")]
+fn vendor() -> [u8; 12] {
+    let id = std::arch::x86_64::__cpuid(0);
+    let mut name = [0; 12];
+    for (bytes, word) in name.chunks_exact_mut(4).zip([id.ebx, id.edx, id.ecx]) {
+        bytes.copy_from_slice(&word.to_le_bytes());
+    }
+    name
 }
 
 /// The path in use, decided once per process. The door of the engine checks it; an unknown or unsupported

@@ -46,7 +46,7 @@ mod avx512;
 mod tests;
 
 pub use buffer::{Buffer, zeros};
-pub use dispatch::{Features, Isa, features, isa};
+pub use dispatch::{Features, Isa, features, isa, l1_ways};
 pub use float::Float;
 pub use portable::Portable;
 

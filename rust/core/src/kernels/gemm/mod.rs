@@ -7,8 +7,8 @@
 //!
 //! **Speed.** One micro-kernel (`tile`) holds a tile of C in registers and reads B from panels in the order of use: packed
 //! once for inference ([`PackedRhs`]), per call otherwise, or not at all where there are too few rows to make up for it.
-//! A is read where it lies, unless its rows lie far apart; transposed, it is packed into panels as high as the tile. Tasks are blocks of C that fit the L2 cache; skinny products are cut by
-//! columns alone.
+//! A is read where it lies, unless its rows fall on one set of the L1 cache; transposed, it is packed into panels as high
+//! as the tile. Tasks are blocks of C that fit the L2 cache; skinny products are cut by columns alone.
 
 mod epilogue;
 mod form;
@@ -31,7 +31,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 use crate::error::Result;
-use crate::simd::{Buffer, Float};
+use crate::simd::{Buffer, Float, l1_ways};
 use crate::{ensure, kernel, threads};
 use form::{Exact, Form, Pairs, Rounded};
 use pack::panel_len;
@@ -97,13 +97,14 @@ const TASK: usize = 1 << 18;
 /// Rows and columns of a task at most: its part of A and of C stay in the L2 cache.
 const TASK_ROWS: usize = 96;
 const TASK_COLS: usize = 512;
-/// Numbers of B packed at a time, half a MiB of f32, which stay in the L2 cache, and columns of it; the same for A,
+/// Numbers of B packed at a time, a MiB of f32, which stay in the L2 cache, and columns of it; the same for A,
 /// whose slab is read once for each slab of B.
 const SLAB_B: usize = 1 << 18;
 const SLAB_COLS: usize = 512;
 const SLAB_A: usize = 1 << 19;
 const SLAB_ROWS: usize = 2048;
-/// Rows of A further apart than this (half a page of f32) fall on few sets of the caches: many of them are packed.
+/// Rows of A further apart than this (half a page of f32) fall on few sets of the caches: many of them are packed, unless
+/// a set of the L1 cache holds a tile's.
 const FAR_APART: usize = 512;
 const MANY_ROWS: usize = 64;
 const GAP: usize = 16;
@@ -176,7 +177,9 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
     }
 
     let (tile_rows, tile_cols) = tile_shape::<T>();
-    let a_in_place = F::IN_PLACE && (a.col_stride == 1 || depth <= 1) && (a.row_stride <= FAR_APART || m < MANY_ROWS);
+    let a_in_place = F::IN_PLACE
+        && (a.col_stride == 1 || depth <= 1)
+        && (a.row_stride <= FAR_APART || m < MANY_ROWS || tile_rows <= l1_ways());
     let pack_a = !a_in_place;
     // Of a transposed A the rows lie side by side: panels along K are copied as they are, rows would have to be turned.
     let a_panels = pack_a && a.row_stride == 1 && a.col_stride != 1;
@@ -355,7 +358,9 @@ struct Grid {
 impl Grid {
     /// About eight tasks per worker, none too small. No bit depends on it.
     fn new(rows: usize, cols: usize, depth: usize, workers: usize, tile: (usize, usize)) -> Self {
-        let row_blocks = rows.div_ceil(TASK_ROWS);
+        // Where there are rows for all, tasks are thin and wide: each row of A is read by few of them.
+        let thin = workers > 1 && rows >= 8 * workers * TASK_ROWS / 2;
+        let row_blocks = rows.div_ceil(if thin { TASK_ROWS / 2 } else { TASK_ROWS });
         let row_block = rows.div_ceil(row_blocks).next_multiple_of(tile.0);
         let at_once = tile::panels_at_once(rows.min(row_block)) * tile.1;
         let at_least = (TASK / (row_block.min(rows).max(LEAST_ROWS) * depth.max(1)).max(1)).max(1);

@@ -6,8 +6,9 @@
 use super::form::Form;
 use crate::simd::{Float, Simd, prefetch};
 
-/// Depth of a block along K, in units of the form: its panel of B (KC · NR numbers) stays in the L1 cache while the rows of A pass by. No bit
-/// depends on it, because the accumulators of a later block start from C.
+/// Depth of a block along K, in units of the form: while its panel of B (64 KiB of f32 at most) meets the rows of A, the L2
+/// cache gives what the L1 cache lacks; 256 and 384 are no faster. No bit depends on it, because the accumulators of a
+/// later block start from C.
 pub(super) const KC: usize = 512;
 
 /// Where a tile finds its operands. Strides are in elements. Nothing is read or written outside
