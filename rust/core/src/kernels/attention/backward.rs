@@ -160,8 +160,8 @@ impl<T: Float> Walk<'_, T> {
             let kt = pack_transposed(kt, k_block, k.stride, keys, head_dim);
             let k = pack(k_rows, k_block, k.stride, keys, head_dim, T::ONE);
             let vt = pack_transposed(vt, v.at(key_rows.start, kv_head, head_dim), v.stride, keys, head_dim);
-            dk_rows.fill(T::ZERO);
-            dv_rows.fill(T::ZERO);
+            dk_rows[..keys * width].fill(T::ZERO);
+            dv_rows[..keys * width].fill(T::ZERO);
             let first = masks.first_query(&sequence, m) / QUERIES * QUERIES;
             for head in item.heads.clone() {
                 for l in (queries.start.max(first)..queries.end).step_by(QUERIES) {
