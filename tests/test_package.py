@@ -1,7 +1,6 @@
 """The package as it is installed: light to depend on, quick to import, and nothing happens at import."""
 
 import importlib.metadata
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -33,10 +32,9 @@ def test_types_are_shipped() -> None:
 
 
 def test_import_is_quick() -> None:
-    """Beyond NumPy, in the processor time that a busy machine does not stretch; the median of five."""
-    code = "import time, numpy; start = time.process_time(); import transformer_rs; print(time.process_time() - start)"
-    milliseconds = statistics.median(1e3 * float(python(code)) for _ in range(5))
-    assert milliseconds <= IMPORT_MS
+    """Beyond NumPy, the best of several: processor time of the importing thread, beside which NumPy's idle ones spin."""
+    code = "import time, numpy; start = time.thread_time(); import transformer_rs; print(time.thread_time() - start)"
+    assert min(1e3 * float(python(code)) for _ in range(7)) <= IMPORT_MS
 
 
 def test_import_starts_no_thread_and_touches_nothing() -> None:
@@ -48,7 +46,7 @@ def state():
 before, modules = state(), set(sys.modules)
 import transformer_rs
 assert state() == before, (before, state())
-heavy = {"tqdm", "torch", "matplotlib", "numpy.testing", "asyncio", "multiprocessing"} & (set(sys.modules) - modules)
+heavy = {"tqdm", "torch", "matplotlib", "numpy.testing", "asyncio", "multiprocessing", "difflib"} & (set(sys.modules) - modules)
 print(sorted(heavy))
 """
     assert python(code) == "[]"

@@ -149,7 +149,7 @@ def cut(rows: NDArray[Any], lengths: NDArray[Any]) -> list[NDArray[Any]]:
     return [rows[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Batch:
     """Where the sequences of a batch lie among packed rows, and how the user wants results back."""
 
@@ -184,7 +184,7 @@ class Batch:
         return rows
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Ids(Batch):
     """Token ids of a batch, packed: one sequence after the other."""
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args, get_ori
 
 import numpy as np
 
-from ._values import as_json, named
+from ._values import as_json, named, nearest
 from .errors import ConfigError
 
 Activation: TypeAlias = Literal["relu", "gelu", "gelu_tanh", "silu", "glu", "swiglu"]
@@ -51,10 +51,7 @@ class Checked:
         names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for key in values:
             if key not in names:
-                import difflib
-
-                near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
-                raise ConfigError(f"{cls.__name__}: unknown key {key!r}; did you mean {near!r}?")
+                raise ConfigError(f"{cls.__name__}: unknown key {key!r}; did you mean {nearest(key, names)!r}?")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -1,6 +1,5 @@
 """The settings of a decoding: checked here for their kind, in the compiled part for their sense."""
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -9,7 +8,7 @@ from numpy.typing import NDArray
 
 from ._arrays import ArrayLike, Ids, IntArray, as_float, as_ints, as_number, as_seed, as_size, check_range
 from ._sequences import same_batch, targets
-from ._values import as_finite, maybe_size
+from ._values import as_finite, maybe_size, nearest
 from .config import TransformerConfig
 from .errors import ConfigError, DTypeError, ShapeError
 
@@ -50,8 +49,8 @@ def settings(
     known = DecodingOptions.__annotations__
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.6)
-            hint = f"; did you mean `{near[0]}`?" if near else f"; expected one of {', '.join(known)}"
+            near = nearest(name, known, 0.6)
+            hint = f"; did you mean `{near}`?" if near else f"; expected one of {', '.join(known)}"
             hint = "; `hypotheses` takes it" if name in ("n_best", "alternatives") else hint
             raise DTypeError(f"{op}: unexpected argument `{name}`{hint}")
     given = options.get

@@ -2,8 +2,8 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,8 +14,7 @@ from .config import TransformerConfig
 from .errors import CheckpointError, ConfigError, DTypeError, ShapeError
 
 
-@dataclass(frozen=True)
-class Modules:
+class Modules(NamedTuple):
     """Names of the modules in PyTorch's state_dict."""
 
     transformer: str
@@ -74,8 +73,7 @@ def config_of(op: str, config: TransformerConfig, keys: Iterable[str], modules: 
     return dataclasses.replace(config, final_norm=not finals.isdisjoint(keys))
 
 
-@dataclass(frozen=True)
-class Names:
+class Names(NamedTuple):
     """Which of our arrays each of PyTorch's holds, one above the other."""
 
     parts: dict[str, list[str]]

@@ -50,6 +50,13 @@ def as_texts(op: str, name: str, value: Any) -> tuple[str, ...]:
     return items
 
 
+def nearest(word: str, words: Iterable[str], cutoff: float = 0.0) -> str | None:
+    """The most similar of some words; None where none is similar enough."""
+    import difflib  # errors alone need it, and it takes a millisecond
+
+    return next(iter(difflib.get_close_matches(word, list(words), 1, cutoff)), None)
+
+
 def as_json(op: str, values: Any) -> str:
     """Settings as JSON text; NumPy's numbers become Python's."""
 

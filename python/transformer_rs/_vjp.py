@@ -2,9 +2,8 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial, wraps
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from . import _core
 from ._arrays import ArrayLike, FloatArray, as_float
@@ -14,8 +13,7 @@ P = ParamSpec("P")
 S = TypeVar("S")
 
 
-@dataclass(frozen=True)
-class Recorded:
+class Recorded(NamedTuple):
     """A call that was made, with its way back where one was asked for."""
 
     y: Any
@@ -45,13 +43,13 @@ def register(function: Callable[..., Any], forward: Callable[..., Forward]) -> N
 def differentiable(forward: Callable[P, Forward]) -> Callable[P, FloatArray]:
     """Make the public function of a forward pass, known to `vjp`."""
 
+    forward.__annotations__["return"] = FloatArray  # what help shows
+
     @wraps(forward)
     def function(*args: P.args, **kwargs: P.kwargs) -> FloatArray:
         y: FloatArray = forward(*args, **kwargs)(0).y
         return y
 
-    signature = inspect.signature(forward).replace(return_annotation=FloatArray)
-    function.__signature__ = signature  # type: ignore[attr-defined]
     register(function, forward)
     return function
 
@@ -59,12 +57,12 @@ def differentiable(forward: Callable[P, Forward]) -> Callable[P, FloatArray]:
 def method(forward: Callable[Concatenate[S, P], Forward]) -> Callable[Concatenate[S, P], Any]:
     """Make the call of a layer of its forward pass, known to `vjp`."""
 
+    forward.__annotations__["return"] = Any
+
     @wraps(forward)
     def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> Any:
         return forward(self, *args, **kwargs)(0).y
 
-    signature = inspect.signature(forward).replace(return_annotation=Any)
-    call.__signature__ = signature  # type: ignore[attr-defined]
     register(call, forward)
     return call
 

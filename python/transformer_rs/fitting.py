@@ -6,7 +6,7 @@ import sys
 import time
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -24,8 +24,7 @@ _OP = "Trainer.fit"
 _LINE_EVERY = 10.0  # seconds, where there is no bar
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """When to stop."""
 
     epochs: int | None

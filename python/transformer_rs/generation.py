@@ -11,7 +11,6 @@ from ._arrays import ArrayLike, Ids, IntArray, as_size
 from ._decoding import DecodingOptions, settings
 from ._sequences import sources
 from ._values import named
-from ._window import Window
 from .config import TransformerConfig
 from .errors import ConfigError
 from .hypothesis import Alternatives, Hypothesis
@@ -223,6 +222,8 @@ class Generation:
         >>> [a.tolist() for a in model.generate_iter(iter(inputs))] == [a.tolist() for a in model.generate(inputs)]
         True
         """
+        from ._window import Window  # late, as few need it
+
         op = "Transformer.generate_iter"
         asked = settings(op, self._config, options, None)
         ahead, n = as_size(op, "max_tokens", max_tokens, 1), as_size(op, "workers", workers, 1, 1024)

@@ -16,7 +16,7 @@ __all__ = ["SGD", "Adam", "AdamW", "Optimizer"]
 _NO_DECAY = ("*.bias", "*norm.weight")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Optimizer:
     """What all optimisers have in common.
 

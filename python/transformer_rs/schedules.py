@@ -16,9 +16,8 @@ from ._values import as_finite, as_json, maybe_size
 __all__ = ["Constant", "Cosine", "Linear", "Noam", "Schedule", "paper_lr"]
 
 
-@dataclass(frozen=True)
 class Schedule:
-    """What all schedules have in common.
+    """The base of frozen dataclasses: what all schedules have in common.
 
     Raises:
         ConfigError: A setting outside its domain.
@@ -43,7 +42,7 @@ class Schedule:
         return _core.schedule_factor(self._json(), as_size(op, "step", step, 1), maybe_size(op, "total", total, 1))
 
     def _settings(self) -> dict[str, Any]:
-        return {"kind": self._kind, **dataclasses.asdict(self)}
+        return {"kind": self._kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]
 
     def _json(self) -> str:
         op = type(self).__name__

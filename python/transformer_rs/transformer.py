@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _core, _torch
+from . import _core
 from ._arrays import (
     ArrayLike,
     Batch,
@@ -417,6 +417,8 @@ class Transformer(Generation):
         >>> tr.Transformer.from_torch(state, config).config.final_norm
         False
         """
+        from . import _torch  # late, as few need it
+
         op = "Transformer.from_torch"
         modules = _torch.Modules(transformer, src_embedding, tgt_embedding, head, src_positions, tgt_positions)
         arrays = _torch.without(state, ignore)
@@ -456,6 +458,8 @@ class Transformer(Generation):
         >>> all((again[name] == array).all() for name, array in model.state_dict().items())
         True
         """
+        from . import _torch
+
         op = "Transformer.to_torch"
         modules = _torch.Modules(transformer, src_embedding, tgt_embedding, head, src_positions, tgt_positions)
         _torch.check(op, self._config, modules)

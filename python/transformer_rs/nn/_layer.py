@@ -1,7 +1,6 @@
 """What all layers have in common: weights by name, calls on the rows of a batch."""
 
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import Any, get_args
 
 import numpy as np
@@ -21,7 +20,7 @@ from .._arrays import (
     not_a_mask,
 )
 from .._config import Activation, Norm
-from .._values import named
+from .._values import named, nearest
 from .._vjp import Forward, Recorded
 from ..errors import ConfigError, DTypeError, ShapeError
 
@@ -36,9 +35,8 @@ def flag(op: str, name: str, value: Any) -> bool:
 
 def choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> str:
     if value not in choices:
-        nearest = get_close_matches(str(value), choices, 1, 0)[0]
-        expected = ", ".join(f'"{choice}"' for choice in choices)
-        raise ConfigError(f'{op}: argument `{name}`: expected {expected}, got {value!r}; did you mean "{nearest}"?')
+        near, expected = nearest(str(value), choices), ", ".join(f'"{choice}"' for choice in choices)
+        raise ConfigError(f'{op}: argument `{name}`: expected {expected}, got {value!r}; did you mean "{near}"?')
     return str(value)
 
 
