@@ -368,6 +368,14 @@ class TestBert:
         ids = [[4, 4, 6], [2]]
         assert_same(bert.embed(texts, tokenizer=Plain()), bert.embed(ids))
         assert_same(bert.embed(texts, tokenizer=Rich()), bert.embed(ids, token_types=[[0, 1, 0], [0]]))
+        for text, tokens in zip(bert(texts, tokenizer=Rich()), bert(ids, token_types=[[0, 1, 0], [0]]), strict=True):
+            assert_same(text, tokens)
+        with pytest.raises(tr.ConfigError, match=r"^Bert: argument `tokenizer`: there is no tokenizer\.json"):
+            bert(texts)
+        classes = tr.Bert(tr.EncoderConfig(**{**bert.config.to_dict(), "head": 3}), seed=0)
+        assert_same(classes.logits(texts, tokenizer=Plain()), classes.logits(ids))
+        logits, pullback = tr.vjp(classes.logits, texts, tokenizer=Plain(), training=True, seed=1)
+        assert pullback(np.ones_like(logits)) is None and "head.weight" in pullback.gradients
         for call, error, text in (
             (lambda: bert.embed(texts), tr.ConfigError, "no tokenizer.json beside the model"),
             (lambda: bert.embed("one"), tr.ShapeError, r"pass \[text\]"),

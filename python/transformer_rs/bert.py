@@ -168,21 +168,87 @@ class Bert(EncoderModel):
         >>> bert.embed([[5, 6, 7], [8]]).shape
         (2, 32)
         """
-        op, ids = f"{type(self).__name__}.embed", texts
+        ids, types = self._tokenized(f"{type(self).__name__}.embed", texts, tokenizer, token_types, lengths)
+        forward: Forward = _embed_ids(
+            self, ids, token_types=types, lengths=lengths, pooling=pooling, normalize=normalize, training=training,
+            seed=seed,
+        )  # fmt: skip
+        return forward
+
+    @method
+    def __call__(
+        self,
+        texts: ArrayLike,
+        *,
+        tokenizer: Any = None,
+        token_types: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        training: bool = False,
+        seed: int | None = None,
+    ) -> Forward:
+        """Compute the hidden state of every token, of texts or of ids.
+
+        Args:
+            texts, tokenizer, token_types, lengths, training, seed: As for :meth:`embed`.
+
+        Returns:
+            A list of (T_i, D); for a padded array of ids (B, T, D) with zeros at padding.
+
+        Raises:
+            ConfigError: As :meth:`embed`.
+
+        >>> import transformer_rs as tr
+        >>> bert = tr.Bert(tr.EncoderConfig(vocab=99, d_model=32, n_heads=4, n_layers=1, d_ff=64), seed=0)
+        >>> [hidden.shape for hidden in bert([[5, 6, 7], [8]])]
+        [(3, 32), (1, 32)]
+        """
+        ids, types = self._tokenized(type(self).__name__, texts, tokenizer, token_types, lengths)
+        forward: Forward = _call_ids(self, ids, token_types=types, lengths=lengths, training=training, seed=seed)
+        return forward
+
+    @method
+    def logits(
+        self,
+        texts: ArrayLike,
+        *,
+        tokenizer: Any = None,
+        token_types: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        training: bool = False,
+        seed: int | None = None,
+    ) -> Forward:
+        """Compute what the head says of texts or of ids. See :meth:`EncoderModel.logits`.
+
+        Args:
+            texts, tokenizer, token_types, lengths, training, seed: As for :meth:`embed`.
+
+        Returns:
+            An array (B, C); with ``pooling="none"`` a list of (T_i, C), or (B, T, C) for a padded array of ids.
+
+        Raises:
+            ConfigError: The model has no head; and as :meth:`embed`.
+
+        >>> import transformer_rs as tr
+        >>> config = tr.EncoderConfig(vocab=99, d_model=32, n_heads=4, n_layers=1, d_ff=64, head=5)
+        >>> tr.Bert(config, seed=0).logits([[5, 6, 7], [8]]).shape
+        (2, 5)
+        """
+        ids, types = self._tokenized(f"{type(self).__name__}.logits", texts, tokenizer, token_types, lengths)
+        forward: Forward = _logits_of_ids(self, ids, token_types=types, lengths=lengths, training=training, seed=seed)
+        return forward
+
+    def _tokenized(self, op: str, texts: Any, tokenizer: Any, token_types: Any, lengths: Any) -> tuple[Any, Any]:
+        """Ids and token types of texts; of ids, what was given."""
         if isinstance(texts, str):
             raise ShapeError(f"{op}: argument `texts`: expected a list of texts, got one text; pass [text]")
         if is_list(texts) and any(isinstance(text, str) for text in texts):
             for name, value in (("token_types", token_types), ("lengths", lengths)):
                 if value is not None:
                     raise ConfigError(f"{op}: argument `{name}`: the tokenizer says this for texts; leave it out")
-            ids, token_types = self._tokenize(op, list(texts), tokenizer)
-        elif tokenizer is not None:
+            return self._tokenize(op, list(texts), tokenizer)
+        if tokenizer is not None:
             raise ConfigError(f"{op}: argument `tokenizer`: these are ids, no texts; leave it out")
-        forward: Forward = _embed_ids(
-            self, ids, token_types=token_types, lengths=lengths, pooling=pooling, normalize=normalize,
-            training=training, seed=seed,
-        )  # fmt: skip
-        return forward
+        return texts, token_types
 
     def _tokenize(self, op: str, texts: list[Any], tokenizer: Any) -> tuple[list[Any], list[Any] | None]:
         for i, text in enumerate(texts):
@@ -234,6 +300,8 @@ class Bert(EncoderModel):
 
 
 _embed_ids = EncoderModel.embed.__wrapped__  # type: ignore[attr-defined]
+_call_ids = EncoderModel.__call__.__wrapped__  # type: ignore[attr-defined]
+_logits_of_ids = EncoderModel.logits.__wrapped__  # type: ignore[attr-defined]
 
 
 def _json(op: str, path: str, default: Any = None) -> Any:
