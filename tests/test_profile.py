@@ -1,6 +1,7 @@
 """The profile: what Python sees of it, and the variable that turns it on for a process."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -35,6 +36,10 @@ def test_a_block_is_measured_and_nothing_beside_it():
     forward = rows["activation", "forward"]
     assert forward["calls"] == 1 and forward["rows"] == 300 and forward["sizes"] == [64] and forward["part"] == ""
     assert forward["bytes"] == 2 * 4 * x.size and forward["flops"] == 0 and 0 < forward["seconds"] < 1
+    assert [row["seconds"] for row in measured.rows] == sorted((row["seconds"] for row in rows.values()), reverse=True)
+    assert repr(tr.profile()) == "<profile: nothing measured yet>"
+    seen = r"<profile: \d+\.\d ms in 2 rows, longest activation (for|back)ward; print\(\) shows them>"
+    assert re.fullmatch(seen, repr(measured))
     text = str(measured)
     assert "GB/s read" in text and "activation" in text and text == str(measured)
 
@@ -48,7 +53,7 @@ def test_blocks_nest_and_an_error_ends_one():
             raise ZeroDivisionError
         tr.functional.relu(x)
     assert [(row["operation"], row["calls"]) for row in inner.rows] == [("softmax", 1)]
-    assert [(row["operation"], row["calls"]) for row in outer.rows] == [("activation", 2), ("softmax", 1)]
+    assert sorted((row["operation"], row["calls"]) for row in outer.rows) == [("activation", 2), ("softmax", 1)]
 
 
 def test_the_variable_prints_the_table_when_the_process_ends():

@@ -48,10 +48,18 @@ class profile:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The rows in the order of their names, each a dictionary: ``operation``, ``part``, ``pass`` (forward, backward or
+        """The rows, the longest time first, each a dictionary: ``operation``, ``part``, ``pass`` (forward, backward or
         neither), ``sizes``, and sums over its ``calls``: ``rows`` (tokens), ``seconds``, ``flops``, ``bytes``.
         """
-        return self._profile.rows
+        return sorted(self._profile.rows, key=lambda row: -row["seconds"])
+
+    def __repr__(self) -> str:
+        rows = self.rows
+        if not rows:
+            return "<profile: nothing measured yet>"
+        milliseconds = 1e3 * sum(row["seconds"] for row in rows)
+        longest = f"{rows[0]['operation']} {rows[0]['pass']}".rstrip()
+        return f"<profile: {milliseconds:.1f} ms in {len(rows)} rows, longest {longest}; print() shows them>"
 
     def __str__(self) -> str:
         if self._text is None:
