@@ -382,6 +382,14 @@ class TestProgress:
         assert out == "" and len(lines) == 3 and "\r" not in err
         assert lines[0].startswith("step 1: loss ") and "tokens/s" in lines[0] and "s left" in lines[0]
 
+    def test_an_epoch_of_few_steps_is_worth_a_word(self, capsys):
+        expected = "fit: an epoch has 1 step of up to 4,096 tokens; a smaller max_tokens makes more of them\n"
+        for progress, said in ((None, expected), (False, ""), (lambda result: None, "")):
+            fit(trainer_of(), epochs=2, max_tokens=4096, progress=progress)
+            assert capsys.readouterr() == ("", said)
+        fit(trainer_of(), PAIRS[:3], epochs=2, max_tokens=4096, progress=None)
+        assert capsys.readouterr() == ("", "")
+
     def test_silence(self, capsys):
         fit(trainer_of(), steps=3, progress=False)
         fit(trainer_of(), steps=3, progress=None)  # too quick for a line

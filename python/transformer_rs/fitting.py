@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _OP = "Trainer.fit"
 _LINE_EVERY = 10.0  # seconds, where there is no bar
+_FEW = 4  # an epoch of fewer steps is worth a word
 
 
 class Limits(NamedTuple):
@@ -122,7 +123,7 @@ def fit(
     history: list[dict[str, Any]] = []
     best: tuple[float, int, Any, Epoch] | None = None
     steps, seconds, stop = 0, 0.0, False
-    with _Show(progress, planned, limits.seconds) as show:
+    with _Show(progress, planned, limits.seconds, _few_steps(plan, epoch)) as show:
         while not stop:
             groups = plan.groups(epoch)
             if not done:
@@ -149,6 +150,16 @@ def fit(
         core.restore(best[2])
         trainer._epoch = best[3]
     return history
+
+
+def _few_steps(plan: Plan, epoch: int) -> str | None:
+    """What to say where an epoch has hardly a step, though the data would do for more."""
+    steps = len(plan.groups(epoch))
+    if steps >= _FEW or len(plan.data.src_lengths) < _FEW:
+        return None
+    many = "1 step" if steps == 1 else f"{steps} steps"
+    smaller = "max_tokens" if plan.accumulate == 1 else "max_tokens or accumulate"
+    return f"an epoch has {many} of up to {plan.max_tokens * plan.accumulate:,} tokens; a smaller {smaller} makes more of them"
 
 
 def _planned(trainer: "Trainer", limits: Limits, plan: Plan, epoch: int, done: int) -> int | None:
@@ -189,12 +200,14 @@ def _record(trainer: "Trainer", held: Pairs | None, max_tokens: int) -> dict[str
 class _Show:
     """A bar on a terminal, a plain line now and then elsewhere, on stderr; or a user's function."""
 
-    def __init__(self, progress: Any, planned: int | None, limit: float | None) -> None:
+    def __init__(self, progress: Any, planned: int | None, limit: float | None, hint: str | None) -> None:
         self.call = progress if callable(progress) else None
         self.silent = progress is False or self.call is not None
         self.planned, self.limit = planned, limit
         self.steps, self.tokens, self.said = 0, 0, 0.0
         self.bar: Any = None
+        if hint is not None and not self.silent and sys.stderr is not None:
+            print(f"fit: {hint}", file=sys.stderr, flush=True)
         if progress is True or (progress is None and sys.stderr is not None and sys.stderr.isatty()):
             try:
                 from tqdm import tqdm

@@ -311,7 +311,8 @@ class Trainer:
             epochs: Ends of epochs to reach; an epoch under way counts as one.
             steps: Steps to make.
             minutes: Minutes of training; validation and callbacks do not count.
-            max_tokens: Real tokens of a batch, source plus target: about ``max_tokens / (mean length of a pair)`` pairs.
+            max_tokens: Real tokens of a batch, source plus target: about ``max_tokens / (mean length of a pair)`` pairs. A
+                small data set needs fewer, so that an epoch has more than a step or two.
             accumulate: Batches whose gradients make one step.
             on_epoch: Called with the trainer and the record of every epoch; True stops.
             restore_best: In the end go back to the epoch with the lowest ``valid_loss``: weights, optimiser and step.
