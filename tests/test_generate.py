@@ -421,6 +421,33 @@ def test_what_a_processor_raises_comes_out():
     assert len(model.generate(SOURCES, max_len=3)) == 4
 
 
+def test_none_means_not_given():
+    """Of every option."""
+    model = model_of()
+    names = tr._decoding.DecodingOptions.__annotations__
+    for given, none in zip(model.generate(SOURCES), model.generate(SOURCES, **dict.fromkeys(names)), strict=True):
+        assert given.tolist() == none.tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"beam": 3}, {"temperature": 1.0, "seed": 0}])
+def test_where_nothing_may_follow_the_answer_ends_unfinished(options):
+    model = model_of()
+
+    def late(ids, logits):
+        return logits - (np.inf if len(ids) == 2 else 0)
+
+    for limits, length in (
+        ({"suppress": range(WORDS)}, 0),
+        ({"suppress": range(3, WORDS), "min_len": 1}, 0),
+        ({"suppress": range(WORDS), "forced": {0: 3}}, 1),
+        ({"logits_processor": late, "min_len": 3}, 2),
+    ):
+        for best in model.hypotheses(SOURCES, **limits, **options):
+            assert len(best) == 1 and len(best[0].ids) == length and not best[0].finished, limits
+    ended = model.hypotheses(SOURCES, suppress=range(3, WORDS), **options)
+    assert all(best[0].finished and len(best[0].ids) == 0 for best in ended), "EOS alone was left"
+
+
 def test_a_processor_may_use_the_model_and_other_threads():
     model = model_of(1)
 

@@ -16,22 +16,22 @@ Processor = Callable[[IntArray, NDArray[np.float32]], ArrayLike]
 
 
 class DecodingOptions(TypedDict, total=False):
-    """What ``Transformer.generate`` documents."""
+    """What ``Transformer.generate`` documents; None means "not given"."""
 
     max_len: "int | tuple[float, int] | None"
-    min_len: "int | tuple[float, int]"
-    beam: int
-    length_penalty: float
-    patience: float
+    min_len: "int | tuple[float, int] | None"
+    beam: int | None
+    length_penalty: float | None
+    patience: float | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
     min_p: float | None
     seed: "int | Sequence[int] | NDArray[np.integer[Any]] | None"
-    repetition_penalty: float
+    repetition_penalty: float | None
     no_repeat_ngram: int | None
-    suppress: "Sequence[int] | NDArray[np.integer[Any]]"
-    forced: Mapping[int, int]
+    suppress: "Sequence[int] | NDArray[np.integer[Any]] | None"
+    forced: Mapping[int, int] | None
     prefixes: ArrayLike | None
     logits_processor: Processor | None
 
@@ -53,6 +53,7 @@ def settings(
             hint = f"; did you mean `{near}`?" if near else f"; expected one of {', '.join(known)}"
             hint = "; `hypotheses` takes it" if name in ("n_best", "alternatives") else hint
             raise DTypeError(f"{op}: unexpected argument `{name}`{hint}")
+    options = {name: value for name, value in options.items() if value is not None}
     given = options.get
     processor = given("logits_processor")
     if processor is not None and not callable(processor):

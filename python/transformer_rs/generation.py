@@ -44,11 +44,15 @@ class Generation:
 
         A token is chosen in this order. ``logits_processor`` may replace the model's logits; ``repetition_penalty`` lowers
         those of tokens said before; what ``suppress``, ``min_len`` and ``no_repeat_ngram`` forbid falls to minus infinity;
-        the search, or the draw, takes from what is left. A token of ``prefixes`` or ``forced`` skips all of that.
+        the search, or the draw, takes from what is left. A token of ``prefixes`` or ``forced`` skips all of that. Where
+        nothing is left, as with every token suppressed or minus infinity alone from a processor, that answer ends there,
+        perhaps empty, and :meth:`hypotheses` calls it unfinished; in a beam, other hypotheses may go on. EOS is a token
+        like others: it may be suppressed, and where it alone is left it is said.
 
         Args:
             src: Source ids, ragged or padded (B, S).
-            lengths: What is real of each source; ``src_lengths`` is another name for it.
+            lengths: What is real of each source; ``src_lengths`` is another name for it. None, here as below, means "not
+                given".
             max_len: The most ids to return, a number or ``(a, b)`` for ``floor(a * len(src_i)) + b`` (fairseq's
                 ``max_len_a`` and ``max_len_b``); None means ``(2, 10)``.
             min_len: The fewest ids to return, a number or ``(a, b)``. Default 0.
