@@ -20,7 +20,7 @@ pub const DEPTH: usize = 16;
 pub enum Units {
     /// Two bf16 numbers, with sums in f32.
     Pairs,
-    /// Four signed bytes, with sums in i32.
+    /// Four bytes, signed in A and unsigned in B, with sums in i32.
     Bytes,
 }
 
@@ -184,7 +184,7 @@ impl Tiles {
         unsafe {
             match units {
                 Units::Pairs => multiply!("tdpbf16ps"),
-                Units::Bytes => multiply!("tdpbssd"),
+                Units::Bytes => multiply!("tdpbsud"),
             }
         }
     }

@@ -1,15 +1,23 @@
 //! Products of bytes with sums of 32 bits: the one computation of int8, exact and so the same on every path.
 
+#[cfg(target_arch = "x86_64")]
+use super::amx;
 use super::{Isa, features, isa};
 
 /// Outputs that stand side by side in a panel of weights.
 pub const PANEL: usize = 32;
 /// Bytes along the depth that stand together: one step of the instructions.
 pub const STEP: usize = 4;
-/// Rows of a tile at most, and numbers of its result.
-pub const TILE_ROWS: usize = 12;
-/// Numbers of the result of a tile.
-pub const TILE: usize = TILE_ROWS * PANEL;
+/// Rows of a tile at most: of vectors, and of AMX.
+const TILE_ROWS: usize = 12;
+const AMX_ROWS: usize = 32;
+/// With fewer rows than this AMX leaves the tile to VNNI.
+const AMX_FROM_ROWS: usize = 7;
+
+/// The result of a tile: row by row, panels side by side.
+#[derive(Debug)]
+#[repr(align(64))]
+pub struct Sums(pub [i32; AMX_ROWS * PANEL]);
 
 /// Which instructions multiply bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,14 +28,17 @@ pub enum Bytes {
     Avx2,
     /// AVX-512 VNNI; weights are kept with 128 added, for one side has no sign.
     Vnni,
+    /// The same weights, and tiles of AMX.
+    Amx,
 }
 
 impl Bytes {
     /// What the path of this process and its CPU have.
     pub fn best() -> Self {
         match isa() {
+            Ok(Isa::Amx) if features().avx512_vnni => Bytes::Amx,
             Ok(Isa::Avx512) if features().avx512_vnni => Bytes::Vnni,
-            Ok(Isa::Avx512 | Isa::Avx2) => Bytes::Avx2,
+            Ok(Isa::Amx | Isa::Avx512 | Isa::Avx2) => Bytes::Avx2,
             _ => Bytes::Portable,
         }
     }
@@ -40,26 +51,39 @@ impl Bytes {
         }
         if features().avx512_vnni {
             all.push(Bytes::Vnni);
+            if features().best == Isa::Amx {
+                all.push(Bytes::Amx);
+            }
         }
         all
     }
 
     /// What is added to a weight before it is packed.
     pub fn offset(self) -> u8 {
-        if self == Bytes::Vnni { 128 } else { 0 }
+        if matches!(self, Bytes::Vnni | Bytes::Amx) { 128 } else { 0 }
+    }
+
+    /// Bytes that a row of this depth is filled up to.
+    pub fn depth(self, depth: usize) -> usize {
+        depth.next_multiple_of(if self == Bytes::Amx { 64 } else { STEP })
+    }
+
+    /// Rows of a tile at most, out of so many.
+    pub fn tile_rows(self, rows: usize) -> usize {
+        if self == Bytes::Amx && rows >= AMX_FROM_ROWS { AMX_ROWS } else { TILE_ROWS }
     }
 
     /// How many panels a tile of so many rows takes at once: few rows would leave the multipliers waiting.
     pub fn panels_at_once(self, rows: usize) -> usize {
         match (self, rows) {
-            (Bytes::Vnni, 0..=2) => 4,
-            (Bytes::Vnni, 3..=6) => 2,
+            (Bytes::Vnni | Bytes::Amx, 0..=2) => 4,
+            (Bytes::Vnni | Bytes::Amx, 3..=6) => 2,
             _ => 1,
         }
     }
 }
 
-/// A product of `rows` ≤ [`TILE_ROWS`] rows of bytes with `panels` panels of weights.
+/// A product of at most [`Bytes::tile_rows`] rows of bytes with `panels` panels of weights.
 #[derive(Debug, Clone, Copy)]
 pub struct Operands<'a> {
     /// Steps along the depth.
@@ -76,28 +100,75 @@ pub struct Operands<'a> {
     pub panels: usize,
 }
 
-/// `out`, (rows, panels · [`PANEL`]) = x Wᵀ, for as many rows as there are sums.
-pub fn tile(bytes: Bytes, out: &mut [i32; TILE], o: Operands<'_>) {
-    let rows = o.sums.len();
-    assert!(
-        (1..=TILE_ROWS).contains(&rows)
-            && [1, bytes.panels_at_once(rows)].contains(&o.panels)
-            && o.x.len() >= (rows - 1) * o.stride + o.steps * STEP
-            && o.w.len() >= o.panels * o.steps * STEP * PANEL,
-        "operands of a tile of bytes"
-    );
-    match bytes {
-        // SAFETY: `best` and `all` name what the CPU has; the lengths were checked.
-        #[cfg(target_arch = "x86_64")]
-        Bytes::Vnni => unsafe { x86::vnni(out, o) },
-        // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
-        Bytes::Avx2 => unsafe { x86::avx2(out, o) },
-        _ => portable(out, o),
+/// Multiplies tiles, on the thread that made it and within one task.
+pub struct Multiplier {
+    bytes: Bytes,
+    #[cfg(target_arch = "x86_64")]
+    tiles: Option<amx::Tiles>,
+}
+
+impl Multiplier {
+    /// One that uses these instructions, which `best` or `all` gave.
+    pub fn new(bytes: Bytes) -> Self {
+        Multiplier {
+            bytes,
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `best` and `all` name what the CPU has.
+            tiles: (bytes == Bytes::Amx).then(|| unsafe { amx::Tiles::new() }),
+        }
+    }
+
+    /// `out`, (rows, panels · [`PANEL`]) = x Wᵀ, for as many rows as there are sums.
+    pub fn tile(&mut self, out: &mut Sums, o: Operands<'_>) {
+        let rows = o.sums.len();
+        assert!(
+            (1..=self.bytes.tile_rows(rows)).contains(&rows)
+                && [1, self.bytes.panels_at_once(rows)].contains(&o.panels)
+                && o.x.len() >= (rows - 1) * o.stride + o.steps * STEP
+                && o.w.len() >= o.panels * o.steps * STEP * PANEL,
+            "operands of a tile of bytes"
+        );
+        match self.bytes {
+            #[cfg(target_arch = "x86_64")]
+            Bytes::Amx if rows >= AMX_FROM_ROWS => self.amx(out, o),
+            // SAFETY: `best` and `all` name what the CPU has; the lengths were checked.
+            #[cfg(target_arch = "x86_64")]
+            Bytes::Vnni | Bytes::Amx => unsafe { x86::vnni(&mut out.0, o) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Bytes::Avx2 => unsafe { x86::avx2(&mut out.0, o) },
+            _ => portable(&mut out.0, o),
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn amx(&mut self, out: &mut Sums, o: Operands<'_>) {
+        assert!(o.steps.is_multiple_of(amx::DEPTH) && o.stride.is_multiple_of(4));
+        // (w + 128) x summed up is w x summed up and 128 times the sum of x.
+        for (out, sum) in out.0.chunks_exact_mut(PANEL).zip(o.sums) {
+            out.fill(-128 * sum);
+        }
+        let operands = amx::Operands {
+            tiles: o.steps / amx::DEPTH,
+            a: o.x.as_ptr().cast(),
+            a_row: o.stride / 4,
+            b: o.w.as_ptr().cast(),
+            c: out.0.as_mut_ptr().cast(),
+            c_row: PANEL,
+            rows: o.sums.len(),
+            cols: PANEL,
+            accumulate: true,
+        };
+        if let Some(tiles) = &mut self.tiles
+            && o.steps > 0
+        {
+            // SAFETY: `tile` checked the lengths of x and w, and `out` has the rows of a block.
+            unsafe { tiles.multiply(amx::Units::Bytes, &operands) };
+        }
     }
 }
 
-fn portable(out: &mut [i32; TILE], o: Operands<'_>) {
+fn portable(out: &mut [i32], o: Operands<'_>) {
     let width = o.panels * PANEL;
     for (r, out) in out.chunks_mut(width).take(o.sums.len()).enumerate() {
         for (p, out) in out.chunks_mut(PANEL).enumerate() {
@@ -114,7 +185,7 @@ fn portable(out: &mut [i32; TILE], o: Operands<'_>) {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Operands, PANEL, STEP, TILE};
+    use super::{Operands, PANEL, STEP};
     use std::arch::x86_64::*;
 
     macro_rules! choose {
@@ -129,7 +200,7 @@ mod x86 {
     /// # Safety
     /// The CPU has AVX-512 VNNI, and the operands are as long as `tile` asks.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")]
-    pub unsafe fn vnni(out: &mut [i32; TILE], o: Operands<'_>) {
+    pub unsafe fn vnni(out: &mut [i32], o: Operands<'_>) {
         macro_rules! run {
             ($r:literal) => {
                 // SAFETY: the caller's promise.
@@ -148,7 +219,7 @@ mod x86 {
     /// R rows, V vectors of 16 outputs, in registers throughout.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")]
     #[inline]
-    unsafe fn vnni_tile<const R: usize, const V: usize>(out: &mut [i32; TILE], o: Operands<'_>) {
+    unsafe fn vnni_tile<const R: usize, const V: usize>(out: &mut [i32], o: Operands<'_>) {
         // (w + 128) x summed up is w x summed up and 128 times the sum of x.
         let mut acc: [[__m512i; V]; R] = std::array::from_fn(|r| [_mm512_set1_epi32(-128 * o.sums[r]); V]);
         let panel = o.steps * STEP * PANEL;
@@ -179,7 +250,7 @@ mod x86 {
     /// # Safety
     /// The CPU has AVX2, and the operands are as long as `tile` asks.
     #[target_feature(enable = "avx2,fma")]
-    pub unsafe fn avx2(out: &mut [i32; TILE], o: Operands<'_>) {
+    pub unsafe fn avx2(out: &mut [i32], o: Operands<'_>) {
         let rows = o.sums.len();
         for first in (0..rows).step_by(2) {
             let (to, x) = (&mut out[first * PANEL..], &o.x[first * o.stride..]);

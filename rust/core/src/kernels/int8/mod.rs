@@ -15,7 +15,7 @@ pub use quantize::{Int8Matrix, quantize_rows};
 
 use super::gemm::{Epilogue, stash};
 use crate::error::Result;
-use crate::simd::bytes::{self, Bytes, PANEL, STEP, TILE, TILE_ROWS};
+use crate::simd::bytes::{Bytes, Multiplier, Operands, PANEL, STEP, Sums};
 use crate::simd::{Float, Kernel, Simd};
 use crate::{ensure, threads};
 use std::ops::Range;
@@ -68,7 +68,7 @@ fn run<T: Float, E: Epilogue<T>>(
 ) -> Result<()> {
     let (depth, outputs) = (w.depth, w.outputs);
     let rows = y.len() / outputs;
-    let stride = depth.next_multiple_of(STEP);
+    let stride = bytes.depth(depth);
     // For each row its bytes, its scale and the sum of its bytes, in memory for f32.
     stash::with::<f32, _>(rows * (stride / 4 + 2), |memory| {
         let (memory, scales) = memory.split_at_mut(rows * (stride / 4 + 1));
@@ -80,7 +80,7 @@ fn run<T: Float, E: Epilogue<T>>(
         quantize_rows(q, scales, sums, x, depth, stride, workers)?;
 
         let out = Output(y.as_mut_ptr());
-        let grid = Grid::new(rows, w.panels(), depth, workers);
+        let grid = Grid::new(rows, w.panels(), depth, workers, bytes.tile_rows(rows));
         let (q, sums, scales) = (&*q, &*sums, &*scales);
         let task = |index: usize| {
             let (rows, panels) = grid.block(index);
@@ -118,9 +118,9 @@ struct Grid {
 }
 
 impl Grid {
-    fn new(rows: usize, panels: usize, depth: usize, workers: usize) -> Self {
+    fn new(rows: usize, panels: usize, depth: usize, workers: usize, tile_rows: usize) -> Self {
         let row_blocks = rows.div_ceil(TASK_ROWS);
-        let row_block = rows.div_ceil(row_blocks).next_multiple_of(TILE_ROWS);
+        let row_block = rows.div_ceil(row_blocks).next_multiple_of(tile_rows);
         let at_least = TASK.div_ceil((row_block.min(rows).max(LEAST_ROWS) * depth.max(1) * PANEL).max(1));
         let wanted = match workers {
             1 => panels,
@@ -153,9 +153,11 @@ fn block<T: Float, E: Epilogue<T>>(
     rows: Range<usize>,
     panels: Range<usize>,
 ) {
-    let mut acc = [0; TILE];
+    let mut multiplier = Multiplier::new(bytes);
+    let mut acc = Sums([0; _]);
+    let tile_rows = bytes.tile_rows(rows.len());
     // The same number of panels at once for every tile: the last one may have fewer rows.
-    let at_once = bytes.panels_at_once(rows.len().min(TILE_ROWS));
+    let at_once = bytes.panels_at_once(rows.len().min(tile_rows));
     let mut panel = panels.start;
     while panel < panels.end {
         let count = if panels.end - panel >= at_once { at_once } else { 1 };
@@ -163,9 +165,9 @@ fn block<T: Float, E: Epilogue<T>>(
         while row < rows.end {
             let left = rows.end - row;
             // Two tiles of equal height, no thin one.
-            let height = if left > TILE_ROWS && left < 2 * TILE_ROWS { left.div_ceil(2) } else { left.min(TILE_ROWS) };
+            let height = if left > tile_rows && left < 2 * tile_rows { left.div_ceil(2) } else { left.min(tile_rows) };
             let (first, last) = (row * x.stride, (row + height) * x.stride);
-            let operands = bytes::Operands {
+            let operands = Operands {
                 steps: x.stride / STEP,
                 x: &x.q[first..last],
                 stride: x.stride,
@@ -173,10 +175,10 @@ fn block<T: Float, E: Epilogue<T>>(
                 w: w.panel(panel..panel + count),
                 panels: count,
             };
-            bytes::tile(bytes, &mut acc, operands);
+            multiplier.tile(&mut acc, operands);
             let columns = panel * PANEL..((panel + count) * PANEL).min(w.outputs);
             T::dispatch(Finish {
-                acc: &acc,
+                acc: &acc.0,
                 width: count * PANEL,
                 out: out.0,
                 outputs: w.outputs,
@@ -194,7 +196,7 @@ fn block<T: Float, E: Epilogue<T>>(
 
 /// Sums of integers to numbers: scales, then the epilogue.
 struct Finish<'a, T, E> {
-    acc: &'a [i32; TILE],
+    acc: &'a [i32],
     width: usize,
     out: *mut T,
     outputs: usize,

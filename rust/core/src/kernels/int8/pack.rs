@@ -12,6 +12,8 @@ use std::ops::Range;
 pub struct Int8Rhs {
     /// Bytes, in memory for f32.
     panels: Buffer<f32>,
+    /// Bytes of one of them.
+    panel_len: usize,
     pub(super) scales: Vec<f32>,
     pub(super) outputs: usize,
     pub(super) depth: usize,
@@ -27,7 +29,7 @@ impl Int8Rhs {
         let depth = weights.first().map_or(0, |w| w.depth);
         ensure!(weights.iter().all(|w| w.depth == depth), Shape, "int8: weights of one depth stand together");
         let scales: Vec<f32> = weights.iter().flat_map(|w| w.scales.iter().copied()).collect();
-        let steps = depth.div_ceil(STEP);
+        let steps = bytes.depth(depth) / STEP;
         let count = scales.len().div_ceil(PANEL);
         let mut panels = Buffer::zeroed(count * steps * STEP * PANEL / 4)?;
         let all = bytes_of_mut(&mut panels);
@@ -39,7 +41,7 @@ impl Int8Rhs {
                 panel[k / STEP * STEP * PANEL + o % PANEL * STEP + k % STEP] = (w as u8).wrapping_add(bytes.offset());
             }
         }
-        Ok(Int8Rhs { panels, outputs: scales.len(), scales, depth })
+        Ok(Int8Rhs { panels, panel_len: steps * STEP * PANEL, outputs: scales.len(), scales, depth })
     }
 
     pub(super) fn panels(&self) -> usize {
@@ -48,7 +50,7 @@ impl Int8Rhs {
 
     /// The bytes of some panels.
     pub(super) fn panel(&self, range: Range<usize>) -> &[u8] {
-        let len = self.depth.div_ceil(STEP) * STEP * PANEL;
+        let len = self.panel_len;
         &bytes_of(&self.panels)[range.start * len..range.end * len]
     }
 }
