@@ -1,8 +1,8 @@
 //! Files that are whole or not there, whatever happens while they are written.
 
 use crate::error::{Error, Result};
-use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::fs::{self, File, TryLockError};
+use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,6 +17,8 @@ pub(crate) fn storage(path: &Path, error: &std::io::Error) -> Error {
 pub(crate) struct Staged {
     temporary: PathBuf,
     target: PathBuf,
+    /// Locked, so that [`prepare`] elsewhere lets it be; a process that ends, however it ends, unlocks.
+    file: File,
 }
 
 impl Staged {
@@ -26,11 +28,11 @@ impl Staged {
         name: &str,
         write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
     ) -> Result<Self> {
-        static COUNT: AtomicU64 = AtomicU64::new(0);
-        let temporary = format!(".{name}.{}-{}.tmp", process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let staged = Staged { temporary: folder.join(temporary), target: folder.join(name) };
+        let target = folder.join(name);
+        let (temporary, file) = create(folder, name).map_err(|error| storage(&target, &error))?;
+        let staged = Staged { temporary, target, file };
         let written = (|| {
-            let mut buffered = BufWriter::with_capacity(1 << 20, File::create(&staged.temporary)?);
+            let mut buffered = BufWriter::with_capacity(1 << 20, &staged.file);
             write(&mut buffered)?;
             buffered.into_inner().map_err(|error| error.into_error())?.sync_all()
         })();
@@ -51,6 +53,23 @@ impl Drop for Staged {
     }
 }
 
+/// A fresh temporary file, locked where the file system can.
+fn create(folder: &Path, name: &str) -> std::io::Result<(PathBuf, File)> {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    loop {
+        let temporary = format!(".{name}.{}-{}.tmp", process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let path = folder.join(temporary);
+        let file = match File::create_new(&path) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => continue,
+            file => file?,
+        };
+        // Before it was locked, another process may have seen a leftover in it, which it removes under the lock.
+        if !matches!(file.try_lock(), Err(TryLockError::WouldBlock)) && path.exists() {
+            return Ok((path, file));
+        }
+    }
+}
+
 /// Makes renames in a folder last.
 pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
     // A folder cannot be opened as a file everywhere; where it can, syncing it must not fail.
@@ -64,23 +83,26 @@ pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
 pub(crate) fn prepare(folder: &Path, names: &[&str]) -> Result<()> {
     fs::create_dir_all(folder).map_err(|error| storage(folder, &error))?;
     for entry in fs::read_dir(folder).map_err(|error| storage(folder, &error))?.flatten() {
-        if entry.file_name().to_str().is_some_and(|file| names.iter().any(|name| is_leftover(file, name))) {
-            let _ = fs::remove_file(entry.path());
+        if entry.file_name().to_str().is_some_and(|file| names.iter().any(|name| is_temporary(file, name))) {
+            let file = File::options().write(true).open(entry.path());
+            // Who writes it holds the lock. Where there are no locks nobody can tell: then it stays.
+            if let Ok(file) = file
+                && file.try_lock().is_ok()
+            {
+                let _ = fs::remove_file(entry.path());
+            }
         }
     }
     Ok(())
 }
 
-/// Whether a file is a temporary one of a name that starts so, and its process is gone.
-fn is_leftover(file: &str, name: &str) -> bool {
-    let pid = (|| {
+/// Whether a file is a temporary one of a name that starts so.
+fn is_temporary(file: &str, name: &str) -> bool {
+    let numbers = (|| {
         let (_, middle) = file.strip_prefix('.')?.strip_prefix(name)?.strip_suffix(".tmp")?.rsplit_once('.')?;
-        let (pid, count) = middle.split_once('-')?;
-        count.parse::<u64>().ok()?;
-        pid.parse::<u32>().ok()
+        middle.split_once('-')
     })();
-    // Without /proc nobody can tell: then they stay.
-    pid.is_some_and(|pid| Path::new("/proc/self").exists() && !Path::new(&format!("/proc/{pid}")).exists())
+    numbers.is_some_and(|(pid, count)| pid.parse::<u32>().is_ok() && count.parse::<u64>().is_ok())
 }
 
 #[cfg(test)]
@@ -132,17 +154,21 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn leftovers_of_dead_processes_go_and_all_else_stays() {
+    fn leftovers_go_and_all_else_stays() {
         let folder = Folder::new();
-        let dead = ".a.4294967295-0.tmp".to_string();
-        let alive = format!(".a.{}-9.tmp", process::id());
-        for name in [&dead, &alive, ".a.tmp", ".b.4294967295-0.tmp", "a.4294967295-0.tmp", ".a.4294967295-x.tmp"] {
+        // The second has the number of a process that lives, as where a number is used again.
+        let left = [".a.4294967295-0.tmp".to_string(), format!(".a.{}-18446744073709551615.tmp", process::id())];
+        let others = [".a.tmp", ".b.4294967295-0.tmp", "a.4294967295-0.tmp", ".a.4294967295-x.tmp"];
+        for name in left.iter().map(String::as_str).chain(others) {
             fs::write(folder.0.join(name), b"").unwrap();
         }
+        let staged = Staged::write(&folder.0, "a", |f| f.write_all(b"new")).unwrap();
         prepare(&folder.0, &["a"]).unwrap();
-        assert!(!folder.names().contains(&dead) || !Path::new("/proc/self").exists());
-        assert_eq!(folder.names().iter().filter(|name| **name != dead).count(), 5);
-        assert!(folder.names().contains(&alive));
+        assert!(left.iter().all(|name| !folder.names().contains(name)));
+        assert_eq!(folder.names().len(), others.len() + 1);
+        staged.commit().unwrap();
+        assert_eq!(fs::read(folder.0.join("a")).unwrap(), b"new");
+        assert_eq!(folder.names().len(), others.len() + 1);
     }
 
     #[test]
