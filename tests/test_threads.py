@@ -69,6 +69,22 @@ def test_what_is_no_number_is_refused(n):
         tr.set_num_threads(n)
 
 
+@pytest.mark.parametrize("call", ["tr.get_num_threads()", "tr.build_info()", "tr.functional.relu(np.ones(3))"])
+def test_a_variable_that_is_no_number_of_threads_is_refused(call):
+    code = f"""
+import numpy as np
+import transformer_rs as tr
+try: {call}
+except tr.ConfigError as e: print(e)
+tr.set_num_threads(2)
+{call}
+"""
+    for text in ("abc", "-1", "1025"):
+        said = python(code, TRANSFORMER_RS_NUM_THREADS=text)
+        assert said.startswith("TRANSFORMER_RS_NUM_THREADS: expected a number from 0 (all) to 1024, got ")
+    assert python(code, TRANSFORMER_RS_NUM_THREADS="0") == ""
+
+
 def test_an_unknown_instruction_set_is_an_error_that_names_the_variable():
     code = """
 import transformer_rs as tr

@@ -85,7 +85,7 @@ def build_info() -> dict[str, Any]:
         build; ``libraries`` with their versions.
 
     Raises:
-        ConfigError: ``TRANSFORMER_RS_ISA`` names no instruction set.
+        ConfigError: ``TRANSFORMER_RS_ISA`` names no instruction set, or ``TRANSFORMER_RS_NUM_THREADS`` no number.
         UnsupportedError: It names one that this CPU lacks.
 
     >>> import transformer_rs as tr

@@ -28,8 +28,8 @@ def _checked(name: str, n: int) -> int:
 def set_num_threads(n: int) -> None:
     """Set the number of threads of the process.
 
-    Without this call it is ``TRANSFORMER_RS_NUM_THREADS``, else ``OMP_NUM_THREADS``, else what the machine makes
-    available to this process. No thread starts before the first computation.
+    Without this call it is ``TRANSFORMER_RS_NUM_THREADS`` (0 means all there too), else ``OMP_NUM_THREADS``, else what the
+    machine makes available to this process. No thread starts before the first computation.
 
     Args:
         n: Number of threads; 0 means all.
@@ -49,6 +49,9 @@ def set_num_threads(n: int) -> None:
 
 def get_num_threads() -> int:
     """Return the number of threads that a call from here uses.
+
+    Raises:
+        ConfigError: ``TRANSFORMER_RS_NUM_THREADS`` is no number, negative or above 1024. Every computation raises it too.
 
     >>> import transformer_rs as tr
     >>> tr.get_num_threads() >= 1

@@ -15,10 +15,10 @@ pub fn set_num_threads(n: usize) -> PyResult<()> {
 /// The number of threads that the next call from this context uses.
 #[pyfunction]
 pub fn get_num_threads(py: Python<'_>) -> PyResult<usize> {
-    Ok(match door::context_limit(py)? {
-        Some(n) => threads::with_local_limit(n, threads::num_threads),
-        None => threads::num_threads(),
-    })
+    match door::context_limit(py)? {
+        Some(n) => Ok(threads::with_local_limit(n, threads::num_threads)),
+        None => threads::try_num_threads().map_err(raise),
+    }
 }
 
 /// Version, instruction set, threads, compiler and libraries.

@@ -16,7 +16,7 @@ mod pool;
 mod section;
 mod team;
 
-pub use pool::{MAX_THREADS, num_threads, set_local_limit, set_num_threads, with_local_limit};
+pub use pool::{MAX_THREADS, num_threads, set_local_limit, set_num_threads, try_num_threads, with_local_limit};
 pub use section::{parallel, section, uninterrupted};
 
 use crate::error::Result;

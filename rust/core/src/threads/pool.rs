@@ -35,10 +35,10 @@ pub fn set_num_threads(n: usize) -> Result<()> {
 }
 
 /// The number of threads that this thread's next section uses: the local limit, else what `set_num_threads` set, else
-/// `TRANSFORMER_RS_NUM_THREADS`, else `OMP_NUM_THREADS`, else what the machine makes available to this process. (A value of
-/// `TRANSFORMER_RS_NUM_THREADS` that makes no sense is an error of the first region.)
+/// `TRANSFORMER_RS_NUM_THREADS`, else `OMP_NUM_THREADS`, else what the machine makes available to this process. Where
+/// [`try_num_threads`] is an error, no section opens.
 pub fn num_threads() -> usize {
-    threads().unwrap_or_else(|_| available())
+    try_num_threads().unwrap_or_else(|_| available())
 }
 
 /// Sets the number of threads for sections that this thread opens (`Some(0)`: all; `None`: the process's number) and
@@ -64,8 +64,8 @@ pub fn with_local_limit<R>(n: usize, body: impl FnOnce() -> R) -> R {
     body()
 }
 
-/// `num_threads`, with an error for an environment variable of ours that makes no sense.
-pub(super) fn threads() -> Result<usize> {
+/// [`num_threads`], with an error for an environment variable of ours that makes no sense.
+pub fn try_num_threads() -> Result<usize> {
     match (LOCAL.get(), COUNT.load(Ordering::Relaxed)) {
         (0, 0) => {
             let variable = |name| std::env::var_os(name).map(|text| text.to_string_lossy().into_owned());

@@ -68,7 +68,7 @@ pub fn parallel(tasks: usize, task: impl Fn(usize) + Sync) -> Result<()> {
         // SAFETY: `open` sets this place for as long as `Open` lives on its stack, and on its own thread only.
         Place::Section(open) => unsafe { &*open }.run(tasks, &task),
         Place::Outside => {
-            let threads = if tasks > 1 { pool::threads()? } else { 1 };
+            let threads = if tasks > 1 { pool::try_num_threads()? } else { 1 };
             open(threads, None, || parallel(tasks, task))
         }
     }
@@ -82,7 +82,7 @@ pub fn parallel(tasks: usize, task: impl Fn(usize) + Sync) -> Result<()> {
 /// and this region, every later one and the section return [`Error::Interrupted`].
 pub fn section<R>(poll: Option<&dyn Fn() -> bool>, body: impl FnOnce() -> Result<R>) -> Result<R> {
     match PLACE.get() {
-        Place::Outside => open(pool::threads()?, poll, body),
+        Place::Outside => open(pool::try_num_threads()?, poll, body),
         _ => body(),
     }
 }
