@@ -125,7 +125,11 @@ class TestCall:
         (lambda m: m([[19]]), tr.TokenOutOfRangeError, "id 19 at row 0, column 0"),
         (lambda m: m([[1.5]]), tr.DTypeError, "expected integers"),
         (lambda m: m(np.array([[1, 0, 2]])), tr.ShapeError, "pad_id 0 stands inside"),
-        (lambda m: m([list(range(1, 11))]), tr.ShapeError, "the learned table has 9"),
+        (
+            lambda m: m([list(range(1, 11))]),
+            tr.ShapeError,
+            "EncoderModel: a sequence reaches position 10, the learned table has 9",
+        ),
         (lambda m: m([[1, 2]], token_types=[[0]]), tr.ShapeError, "the form and the lengths of `ids`"),
         (lambda m: m([[1, 2]], token_types=np.array([[0, 1]])), tr.ShapeError, "the form and the lengths of `ids`"),
         (lambda m: m([[1, 2]], token_types=[[0, 2]]), tr.TokenOutOfRangeError, "token_types"),
@@ -321,7 +325,7 @@ class TestBert:
             ({"position_embedding_type": "relative_key"}, tr.UnsupportedError, "position_embedding_type"),
             ({"hidden_act": "mish"}, tr.UnsupportedError, "hidden_act is 'mish'"),
             ({"hidden_size": None}, tr.CheckpointError, "'hidden_size' is missing"),
-            ({"intermediate_size": 32}, tr.CheckpointError, "expected shape [32, 16], got [24, 16]"),
+            ({"intermediate_size": 32}, tr.CheckpointError, "expected shape (32, 16), got (24, 16)"),
             ({"num_hidden_layers": 3}, tr.CheckpointError, "encoder.layers.2.self_attention.q.weight"),
         ],
     )

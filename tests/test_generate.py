@@ -646,13 +646,13 @@ def test_settings_of_generators_are_checked_before_anything_is_read(options, err
         ({"max_len": 3.0}, tr.DTypeError, "max_len"),
         ({"max_len": 3, "min_len": (0.0, 4)}, tr.ConfigError, "min_len = 4 is above max_len = 3 of source 0"),
         ({"min_len": 13}, tr.ConfigError, "min_len = 13 is above max_len = 12 of source 1"),
-        ({"temperature": 0}, tr.ConfigError, "temperature = 0"),
+        ({"temperature": 0}, tr.ConfigError, "argument `temperature`: expected a number above 0, got 0"),
         ({"temperature": "x"}, tr.DTypeError, "temperature"),
         ({"temperature": float("nan")}, tr.ConfigError, "temperature"),
-        ({"temperature": 1.0, "beam": 2}, tr.ConfigError, "beam = 2"),
+        ({"temperature": 1.0, "beam": 2}, tr.ConfigError, "argument `beam`: sampling draws one token at a time, got 2"),
         ({"top_k": 0}, tr.ConfigError, "top_k"),
-        ({"top_p": 2}, tr.ConfigError, "top_p = 2"),
-        ({"top_p": 0}, tr.ConfigError, "top_p = 0"),
+        ({"top_p": 2}, tr.ConfigError, "argument `top_p`: .*, got 2"),
+        ({"top_p": 0}, tr.ConfigError, "argument `top_p`: .*, got 0"),
         ({"min_p": -0.1}, tr.ConfigError, "min_p"),
         ({"seed": 3}, tr.ConfigError, "temperature=1.0"),
         ({"temperature": 1.0, "seed": -1}, tr.ConfigError, "seed"),
@@ -684,9 +684,9 @@ def test_settings_are_checked(options, error, text):
 def test_errors_name_the_call_and_the_argument_that_was_passed():
     model = model_of()
     for call in (model.generate, model.hypotheses, model.generate_iter):
-        with pytest.raises(tr.ConfigError, match=rf"^Transformer\.{call.__name__}: top_p = 2"):
+        with pytest.raises(tr.ConfigError, match=rf"^Transformer\.{call.__name__}: argument `top_p`: "):
             call([[3, 4]], top_p=2)
-    with pytest.raises(tr.ConfigError, match=r"^Transformer\.stream: top_p = 2"):
+    with pytest.raises(tr.ConfigError, match=r"^Transformer\.stream: argument `top_p`: "):
         model.stream([3, 4], top_p=2)
 
     def refuse(ids, logits):
@@ -706,7 +706,7 @@ def test_settings_of_hypotheses_are_checked():
     for options, text in (
         ({"n_best": 2}, "n_best"),
         ({"n_best": 0, "temperature": 1.0}, "n_best"),
-        ({"alternatives": WORDS + 1}, "alternatives = 13"),
+        ({"alternatives": WORDS + 1}, "argument `alternatives`: expected at most the vocabulary, 12, got 13"),
         ({"alternatives": -1}, "alternatives"),
     ):
         with pytest.raises(tr.ConfigError, match=text):

@@ -130,7 +130,7 @@ def test_a_call_and_its_recording_give_the_same_bits():
 def test_a_pullback_is_used_once():
     y, pullback = tr.vjp(F.relu, draw(2, 3))
     with pytest.raises(
-        tr.ShapeError, match=re.escape("pullback: argument `dy`: expected the shape of y, [2, 3], got [3, 2]")
+        tr.ShapeError, match=re.escape("pullback: argument `dy`: expected the shape of y, (2, 3), got (3, 2)")
     ):
         pullback(np.ones((3, 2)))
     with pytest.raises(tr.DTypeError, match="pullback: argument `dy`: expected floats"):

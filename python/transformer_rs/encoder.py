@@ -9,6 +9,7 @@ import numpy as np
 from . import _core
 from ._arrays import ArrayLike, FloatArray, Ids, as_ids, as_precision, is_list
 from ._config import Activation, Checked, Norm
+from ._values import named
 from ._vjp import Forward, Recorded, method
 from .errors import ConfigError, DTypeError, ShapeError
 from .nn._layer import Layer, choice, flag
@@ -206,8 +207,9 @@ class EncoderModel(Layer):
         >>> model(np.array([[5, 6, 0], [7, 8, 9]]), token_types=np.array([[0, 1, 0], [0, 0, 1]])).shape
         (2, 3, 32)
         """
-        batch, types = self._read(type(self).__name__, ids, token_types, lengths)
-        return self._tokens(batch, types, self._seed_of(training, seed), False)
+        op = type(self).__name__
+        batch, types = self._read(op, ids, token_types, lengths)
+        return self._tokens(op, batch, types, self._seed_of(training, seed), False)
 
     @method
     def embed(
@@ -247,7 +249,7 @@ class EncoderModel(Layer):
             raise ConfigError(f'{op}: argument `pooling`: expected "mean" or "cls", for the config says "none"')
         unit = self._config.normalize if normalize is None else flag(op, "normalize", normalize)
         batch, types = self._read(op, ids, token_types, lengths)
-        return self._sequence_vectors(batch, types, key, kind, unit, False)
+        return self._sequence_vectors(op, batch, types, key, kind, unit, False)
 
     @method
     def logits(
@@ -280,8 +282,8 @@ class EncoderModel(Layer):
             raise ConfigError(f"{op}: this model has no head; make it with head=(number of outputs) in its config")
         batch, types = self._read(op, ids, token_types, lengths)
         if self._config.pooling == "none":
-            return self._tokens(batch, types, key, True)
-        return self._sequence_vectors(batch, types, key, None, False, True)
+            return self._tokens(op, batch, types, key, True)
+        return self._sequence_vectors(op, batch, types, key, None, False, True)
 
     def _read(self, op: str, ids: Any, token_types: Any, lengths: Any) -> tuple[Ids, Any]:
         """Ids and their types, packed."""
@@ -297,22 +299,33 @@ class EncoderModel(Layer):
         return batch, types.ids
 
     def _encode(
-        self, batch: Ids, types: Any, key: int | None, gradients: int, kind: str | None, unit: bool, logits: bool
+        self,
+        op: str,
+        batch: Ids,
+        types: Any,
+        key: int | None,
+        gradients: int,
+        kind: str | None,
+        unit: bool,
+        logits: bool,
     ) -> tuple[FloatArray, _core.Pullback | None]:
-        return self._core.encode(gradients, key, batch.ids, types, batch.lengths.tolist(), kind, unit, logits)
+        lengths = batch.lengths.tolist()
+        with named(op):
+            y, back = self._core.encode(gradients, key, batch.ids, types, lengths, kind, unit, logits)
+        return y, back
 
-    def _tokens(self, batch: Ids, types: Any, key: int | None, logits: bool) -> Forward:
+    def _tokens(self, op: str, batch: Ids, types: Any, key: int | None, logits: bool) -> Forward:
         def forward(gradients: int) -> Recorded:
-            y, back = self._encode(batch, types, key, gradients, None, False, logits)
+            y, back = self._encode(op, batch, types, key, gradients, None, False, logits)
             return Recorded(batch.give_back(y), back, np.float32, batch.take)
 
         return forward
 
     def _sequence_vectors(
-        self, batch: Ids, types: Any, key: int | None, kind: str | None, unit: bool, logits: bool
+        self, op: str, batch: Ids, types: Any, key: int | None, kind: str | None, unit: bool, logits: bool
     ) -> Forward:
         def forward(gradients: int) -> Recorded:
-            y, back = self._encode(batch, types, key, gradients, kind, unit, logits)
+            y, back = self._encode(op, batch, types, key, gradients, kind, unit, logits)
             return Recorded(y, back, np.float32)
 
         return forward

@@ -132,7 +132,7 @@ def fit(
                 start = time.perf_counter()
                 batches = [plan.data.batch(batch) for batch in groups[done]]
                 done += 1
-                result = trainer._step(batches, (epoch, done))
+                result = trainer._step(_OP, batches, (epoch, done))
                 took = time.perf_counter() - start
                 tokens = sum(len(src) + len(tgt) for src, _, tgt, _ in batches)
                 trainer._epoch.add(result, tokens, took)
@@ -181,7 +181,7 @@ def _planned(trainer: "Trainer", limits: Limits, plan: Plan, epoch: int, done: i
 
 def _record(trainer: "Trainer", held: Pairs | None, max_tokens: int) -> dict[str, Any]:
     epoch = trainer._epoch
-    evaluation = None if held is None else trainer._evaluate(held, max_tokens)
+    evaluation = None if held is None else trainer._evaluate(_OP, held, max_tokens)
     return {
         "epoch": epoch.number + 1,
         "step": trainer.n_steps,

@@ -196,12 +196,14 @@ class Trainer:
         >>> result.step, result.n_tokens, result.lr
         (1, 6, 0.0001)
         """
-        batch = pack("Trainer.step", self._model.config, src, tgt, src_lengths, tgt_lengths)
-        return self._step([batch], None)
+        op = "Trainer.step"
+        return self._step(op, [pack(op, self._model.config, src, tgt, src_lengths, tgt_lengths)], None)
 
-    def _step(self, batches: list[Packed], place: tuple[int, int] | None) -> StepResult:
+    def _step(self, op: str, batches: list[Packed], place: tuple[int, int] | None) -> StepResult:
         """One step on some batches; with it the data are at `place`: an epoch, and steps within it."""
-        return StepResult(*self._core.step(batches, place))
+        with named(op):
+            result = self._core.step(batches, place)
+        return StepResult(*result)
 
     def gradients(
         self,
@@ -227,8 +229,10 @@ class Trainer:
         >>> grads["head.weight"].shape, any(name.startswith("encoder") for name in grads)
         ((9, 16), False)
         """
-        batch = pack("Trainer.gradients", self._model.config, src, tgt, src_lengths, tgt_lengths)
-        result, grads = self._core.gradients([batch])
+        op = "Trainer.gradients"
+        batch = pack(op, self._model.config, src, tgt, src_lengths, tgt_lengths)
+        with named(op):
+            result, grads = self._core.gradients([batch])
         return StepResult(*result), grads
 
     def apply(self, grads: Mapping[str, ArrayLike]) -> None:
@@ -278,11 +282,14 @@ class Trainer:
         op = "Trainer.evaluate"
         data = Pairs(op, "pairs", pairs, self._model.config)
         data.check(max_tokens := as_size(op, "max_tokens", max_tokens, 1))
-        return self._evaluate(data, max_tokens)
+        return self._evaluate(op, data, max_tokens)
 
-    def _evaluate(self, data: Pairs, max_tokens: int) -> Evaluation:
+    def _evaluate(self, op: str, data: Pairs, max_tokens: int) -> Evaluation:
         chosen = _core.batches(data.src_lengths, data.tgt_lengths, max_tokens, 0, 0)
-        return Evaluation(*self._core.evaluate([data.batch(batch) for batch in chosen]))
+        batches = [data.batch(batch) for batch in chosen]
+        with named(op):
+            losses = self._core.evaluate(batches)
+        return Evaluation(*losses)
 
     def fit(
         self,

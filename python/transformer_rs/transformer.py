@@ -215,7 +215,8 @@ class Transformer(Generation):
             pad_id=config.pad_id,
         )  # fmt: skip
         same_batch(op, one, other, "tgt_in")
-        logits, weights = self._core.forward(one.ids, one.lengths, other.ids, other.lengths, bool(return_attention))
+        with named(op):
+            logits, weights = self._core.forward(one.ids, one.lengths, other.ids, other.lengths, bool(return_attention))
         if not return_attention:
             return other.give_back(logits)
         n = config.n_encoder_layers
@@ -260,8 +261,11 @@ class Transformer(Generation):
         >>> [states.shape for states in tr.Transformer(config, seed=0).encode([[3, 4, 5], [6]])]
         [(3, 16), (1, 16)]
         """
-        ids = self._sources("Transformer.encode", src, lengths, src_lengths)
-        return ids.give_back(self._core.encode(ids.ids, ids.lengths))
+        op = "Transformer.encode"
+        ids = self._sources(op, src, lengths, src_lengths)
+        with named(op):
+            states = self._core.encode(ids.ids, ids.lengths)
+        return ids.give_back(states)
 
     def score(
         self,
@@ -305,7 +309,10 @@ class Transformer(Generation):
             message = f"expected one bool for all or {len(other.lengths)}, got shape {ends.shape}"
             raise ShapeError(f"{op}: argument `eos`: {message}")
         ends = np.broadcast_to(ends, other.lengths.shape)
-        flat, rows = self._core.score(one.ids, one.lengths, other.ids, other.lengths, ends.tolist(), bool(return_rows))
+        with named(op):
+            flat, rows = self._core.score(
+                one.ids, one.lengths, other.ids, other.lengths, ends.tolist(), bool(return_rows)
+            )
         scores = cut(flat, other.lengths + ends)
         return scores if rows is None else (scores, cut(rows, other.lengths + ends))
 

@@ -9,7 +9,7 @@ use crate::pools::Home;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use transformer_core::error::Result;
+use transformer_core::error::{Result, Shape};
 use transformer_core::rng::Key;
 use transformer_core::simd::zeros;
 use transformer_core::tape::{Builder, Grads, Init, ParamId, Params, Pool, StatId, Tape, Tensor, Var};
@@ -361,8 +361,8 @@ impl Pullback {
                     return Err(PullbackError::new_err(text));
                 }
                 Some(shape) if shape != dy.shape() => {
-                    let text =
-                        format!("pullback: argument `dy`: expected the shape of y, {shape:?}, got {:?}", dy.shape());
+                    let (expected, got) = (Shape(&shape), Shape(dy.shape()));
+                    let text = format!("pullback: argument `dy`: expected the shape of y, {expected}, got {got}");
                     return Err(ShapeError::new_err(text));
                 }
                 Some(_) => recorded.take(),

@@ -8,7 +8,7 @@ use crate::form::Form;
 use numpy::PyArrayDyn;
 use numpy::PyUntypedArrayMethods;
 use pyo3::prelude::*;
-use transformer_core::error::Result;
+use transformer_core::error::{Result, Shape};
 use transformer_core::ops::{
     self, Activation, Bias, Columns, DenseMask, Gate, Heads, IGNORE, KeysValues, Masks, Running,
 };
@@ -82,7 +82,7 @@ pub fn batch_norm<'py>(
     let form = Form::rows(x.shape())?;
     for (name, statistic) in running.iter().flat_map(|(mean, var)| [("mean", mean), ("var", var)]) {
         if statistic.shape() != [form.size().1] {
-            let text = format!("expected shape [{}], got {:?}", form.size().1, statistic.shape());
+            let text = format!("expected shape ({},), got {}", form.size().1, Shape(statistic.shape()));
             return Err(ShapeError::new_err(format!(
                 "batch_norm: argument `{name}`: {text}; it must fit the last axis of `x`"
             )));
@@ -111,7 +111,7 @@ pub fn linear<'py>(
     bias: Option<Floats<'py>>,
 ) -> PyResult<Answer<'py>> {
     let &[outputs, _] = weight.shape() else {
-        let text = format!("expected shape (out, in), got {:?}", weight.shape());
+        let text = format!("expected shape (out, in), got {}", Shape(weight.shape()));
         return Err(ShapeError::new_err(format!("linear: argument `weight`: {text}")));
     };
     by_type!(x, T => {
@@ -160,7 +160,7 @@ pub fn gated<'py>(
         _ => return Err(ConfigError::new_err(format!("gated: unknown kind {kind:?}"))),
     };
     if gate.shape() != up.shape() {
-        let text = format!("expected the shape of `gate`, {:?}, got {:?}", gate.shape(), up.shape());
+        let text = format!("expected the shape of `gate`, {}, got {}", Shape(gate.shape()), Shape(up.shape()));
         return Err(ShapeError::new_err(format!("gated: argument `up`: {text}")));
     }
     by_type!(gate, T => {
@@ -192,7 +192,7 @@ pub fn embedding<'py>(
     scale: f64,
 ) -> PyResult<Answer<'py>> {
     let &[_, d] = weight.shape() else {
-        let text = format!("expected shape (V, D), got {:?}", weight.shape());
+        let text = format!("expected shape (V, D), got {}", Shape(weight.shape()));
         return Err(ShapeError::new_err(format!("embedding: argument `weight`: {text}")));
     };
     let form = Form::Plain { shape: ids.shape().iter().copied().chain([d]).collect(), cols: d };

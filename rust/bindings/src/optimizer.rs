@@ -49,7 +49,7 @@ impl OptimizerState {
             };
             grads.reset();
             set_gradients(params, grads, &arrays)?;
-            check_norm("update", params, grads, global_norm(grads)?)?;
+            check_norm("argument `grads`", params, grads, global_norm(grads)?)?;
             uninterrupted(|| state.update(&self.optimizer, params, grads, lr, 1.0))
         })
     }

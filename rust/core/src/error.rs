@@ -1,5 +1,7 @@
 //! One error type for the whole core; the binding maps each variant to one Python exception.
 
+use std::fmt;
+
 /// What went wrong. The text names the operation, the argument, what was expected, what came, and a remedy.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -33,6 +35,19 @@ pub enum Error {
     /// A defect of this crate: a panic caught at the door or inside a task.
     #[error("internal error: {0}")]
     Internal(String),
+}
+
+/// A shape in an error, as NumPy writes it: `(2, 3)`, `(4,)`, `()`.
+#[derive(Debug, Clone, Copy)]
+pub struct Shape<'a>(pub &'a [usize]);
+
+impl fmt::Display for Shape<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self.0 {
+            [one] => write!(f, "({one},)"),
+            all => write!(f, "({})", all.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")),
+        }
+    }
 }
 
 /// Shorthand for results of the core.

@@ -1,7 +1,7 @@
 //! Arrays by name: what a model has, against what is offered.
 
 use crate::bail;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Shape};
 use crate::tape::{ParamId, Params, StatId};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write;
@@ -43,6 +43,9 @@ pub fn int8_dict(params: &Params<f32>) -> Vec<NamedBytes<'_>> {
     layout.ids().filter_map(bytes).collect()
 }
 
+/// What errors call the arrays that do not come from a file.
+const ARRAYS: &str = "argument `arrays`";
+
 /// Overwrites every parameter and statistic. All of them must be there, in their shapes, and nothing else; aliases may
 /// stand for the canonical name or beside it, then with equal values. All or nothing: after an error nothing changed.
 pub fn load_state(params: &mut Params<f32>, arrays: &[NamedArray<'_>], aliases: &[Alias<'_>]) -> Result<()> {
@@ -58,30 +61,30 @@ pub fn load_state_int8(
 ) -> Result<()> {
     for (name, shape, values) in arrays {
         if shape.iter().product::<usize>() != values.len() {
-            bail!(Checkpoint, "state: `{name}`: shape {shape:?} with {} values", values.len());
+            bail!(Checkpoint, "{ARRAYS}: `{name}`: shape {} with {} values", Shape(shape), values.len());
         }
         if is_int8(params, name) {
             bail!(
                 Unsupported,
-                "state: `{name}` is kept in int8 here and floats came; load them into the f32 model and quantize that"
+                "{ARRAYS}: `{name}` is kept in int8 here and floats came; load them into the f32 model and quantize that"
             );
         }
     }
     for (name, shape, values) in int8 {
         if shape.iter().product::<usize>() != values.len() {
-            bail!(Checkpoint, "state: `{name}`: shape {shape:?} with {} values", values.len());
+            bail!(Checkpoint, "{ARRAYS}: `{name}`: shape {} with {} values", Shape(shape), values.len());
         }
-        check_int8("state", name, values)?;
+        check_int8(ARRAYS, name, values)?;
     }
     let floats = arrays.iter().map(|(name, shape, _)| Offer { name, shape, problem: None });
     let bytes = int8.iter().map(|(name, shape, _)| {
         let problem = (!is_int8(params, name)).then(|| "expected floats, got int8".to_string());
         Offer { name, shape, problem }
     });
-    let plan = match_places("state", params, floats.chain(bytes), aliases)?;
+    let plan = match_places(ARRAYS, params, floats.chain(bytes), aliases)?;
     for (_, first, others) in &plan {
         if let Some(&other) = others.iter().find(|&&other| !equal(arrays[*first].2, arrays[other].2)) {
-            return Err(unequal("state", arrays[*first].0, arrays[other].0));
+            return Err(unequal(ARRAYS, arrays[*first].0, arrays[other].0));
         }
     }
     for (place, first, _) in plan {
@@ -221,7 +224,7 @@ pub(crate) fn match_names<'a>(
         if let Some(problem) = offer.problem {
             unfit.push(format!("`{}`: {problem}", offer.name));
         } else if offer.shape != expected {
-            unfit.push(format!("`{}`: expected shape {expected:?}, got {:?}", offer.name, offer.shape));
+            unfit.push(format!("`{}`: expected shape {}, got {}", offer.name, Shape(expected), Shape(offer.shape)));
         }
     }
     let missing: Vec<_> =
@@ -279,8 +282,8 @@ mod tests {
         assert!(matches!(error, Error::Checkpoint(_)));
         assert_eq!(
             error.to_string(),
-            "state: the arrays do not fit: 2 missing (`b`, `norm.running_mean`), 2 unexpected (`c\\n`, `d`), \
-             1 unfit (`a`: expected shape [2, 3], got [3, 2]); load them into what they were saved from"
+            "argument `arrays`: the arrays do not fit: 2 missing (`b`, `norm.running_mean`), 2 unexpected (`c\\n`, `d`), \
+             1 unfit (`a`: expected shape (2, 3), got (3, 2)); load them into what they were saved from"
         );
         assert_eq!(to.version(), before);
         assert!(load_state(&mut to, &[("a", &[2, 3], &[0.0; 5])], &[]).unwrap_err().to_string().contains("`a`"));

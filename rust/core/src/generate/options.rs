@@ -151,52 +151,68 @@ impl GenerateOptions {
     /// Checks what can be checked before the sources are known, or with their number what belongs to each of them.
     pub fn check(&self, config: &TransformerConfig, sources: Option<usize>) -> Result<()> {
         let GenerateOptions { beam, n_best, length_penalty, patience, .. } = *self;
-        ensure!(beam >= 1, Config, "beam = 0: expected at least 1, which is greedy");
+        ensure!(beam >= 1, Config, "argument `beam`: expected at least 1, which is greedy, got 0");
         if let Some(sampling) = &self.sampling {
             ensure!(
                 beam == 1,
                 Config,
-                "beam = {beam}: sampling draws one token at a time; leave beam out, n_best= draws several"
+                "argument `beam`: sampling draws one token at a time, got {beam}; leave it out, n_best= draws several"
             );
-            ensure!(n_best >= 1, Config, "n_best = 0: expected at least 1");
+            ensure!(n_best >= 1, Config, "argument `n_best`: expected at least 1, got 0");
             sampling.check(sources)?;
         } else {
-            ensure!((1..=beam).contains(&n_best), Config, "n_best = {n_best}: expected 1 to beam = {beam}; raise beam");
+            ensure!(
+                (1..=beam).contains(&n_best),
+                Config,
+                "argument `n_best`: expected 1 to beam = {beam}, got {n_best}; raise beam"
+            );
         }
         ensure!(
             length_penalty.is_finite() && length_penalty >= 0.0,
             Config,
-            "length_penalty = {length_penalty}: expected a number that is not negative"
+            "argument `length_penalty`: expected a number that is not negative, got {length_penalty}"
         );
         for (name, number) in [("patience", patience), ("repetition_penalty", self.repetition_penalty)] {
-            ensure!(number.is_finite() && number > 0.0, Config, "{name} = {number}: expected a number above 0");
+            ensure!(
+                number.is_finite() && number > 0.0,
+                Config,
+                "argument `{name}`: expected a number above 0, got {number}"
+            );
         }
         for (name, length) in [("max_len", self.max_len), ("min_len", Some(self.min_len))] {
             if let Some(Length::Relative(a, _)) = length {
                 ensure!(
                     a.is_finite() && a >= 0.0,
                     Config,
-                    "{name} = ({a}, ..): expected a factor that is not negative"
+                    "argument `{name}`: expected a factor that is not negative, got ({a}, ..)"
                 );
             }
         }
-        ensure!(self.no_repeat_ngram != Some(0), Config, "no_repeat_ngram = 0: expected at least 1; leave it out");
+        ensure!(
+            self.no_repeat_ngram != Some(0),
+            Config,
+            "argument `no_repeat_ngram`: expected at least 1, got 0; leave it out"
+        );
         let vocabulary = config.tgt_vocab;
         ensure!(
             self.alternatives <= vocabulary,
             Config,
-            "alternatives = {}: expected at most the vocabulary, {vocabulary}",
+            "argument `alternatives`: expected at most the vocabulary, {vocabulary}, got {}",
             self.alternatives
         );
         if let Some(n) = sources {
             let given = self.prefixes.len();
-            ensure!(given == 0 || given == n, Shape, "prefixes: expected one for each of {n} sources, got {given}");
+            ensure!(
+                given == 0 || given == n,
+                Shape,
+                "argument `prefixes`: expected one for each of {n} sources, got {given}"
+            );
         }
         let known = |name: &str, id: u32| {
             ensure!(
                 (id as usize) < vocabulary,
                 TokenOutOfRange,
-                "{name}: id {id} is outside the vocabulary of {vocabulary}"
+                "argument `{name}`: id {id} is outside the vocabulary of {vocabulary}"
             );
             Ok(())
         };
@@ -237,18 +253,18 @@ mod tests {
         let sampling = |sampling: Sampling| GenerateOptions { sampling: Some(sampling), ..d.clone() };
         let fixed = |n| Some(Length::Fixed(n));
         for (names, options) in [
-            (vec!["beam = 0"], GenerateOptions { beam: 0, ..d.clone() }),
-            (vec!["n_best = 0"], GenerateOptions { n_best: 0, ..d.clone() }),
-            (vec!["n_best = 3", "beam = 2"], GenerateOptions { n_best: 3, beam: 2, ..d.clone() }),
+            (vec!["`beam`", "got 0"], GenerateOptions { beam: 0, ..d.clone() }),
+            (vec!["`n_best`", "got 0"], GenerateOptions { n_best: 0, ..d.clone() }),
+            (vec!["`n_best`", "beam = 2, got 3"], GenerateOptions { n_best: 3, beam: 2, ..d.clone() }),
             (vec!["length_penalty"], GenerateOptions { length_penalty: -0.1, ..d.clone() }),
             (vec!["length_penalty"], GenerateOptions { length_penalty: f64::NAN, ..d.clone() }),
-            (vec!["patience = 0"], GenerateOptions { patience: 0.0, ..d.clone() }),
+            (vec!["`patience`", "got 0"], GenerateOptions { patience: 0.0, ..d.clone() }),
             (vec!["repetition_penalty"], GenerateOptions { repetition_penalty: -1.0, ..d.clone() }),
-            (vec!["no_repeat_ngram = 0"], GenerateOptions { no_repeat_ngram: Some(0), ..d.clone() }),
-            (vec!["alternatives = 11"], GenerateOptions { alternatives: 11, ..d.clone() }),
+            (vec!["`no_repeat_ngram`", "got 0"], GenerateOptions { no_repeat_ngram: Some(0), ..d.clone() }),
+            (vec!["`alternatives`", "got 11"], GenerateOptions { alternatives: 11, ..d.clone() }),
             (vec!["max_len = 0", "source 0"], GenerateOptions { max_len: fixed(0), ..d.clone() }),
             (vec!["max_len = 0", "source 1"], GenerateOptions { max_len: relative(1.0, -2), ..d.clone() }),
-            (vec!["max_len = (-1, ..)"], GenerateOptions { max_len: relative(-1.0, 0), ..d.clone() }),
+            (vec!["`max_len`", "got (-1, ..)"], GenerateOptions { max_len: relative(-1.0, 0), ..d.clone() }),
             (vec!["max_len = 17", "max_positions = 16"], GenerateOptions { max_len: fixed(17), ..d.clone() }),
             (
                 vec!["min_len = 6", "max_len = 5"],
@@ -262,13 +278,13 @@ mod tests {
             (vec!["suppress", "id 12"], GenerateOptions { suppress: vec![3, 12], ..d.clone() }),
             (vec!["forced", "id 12"], GenerateOptions { forced: [(0, 12)].into(), ..d.clone() }),
             (vec!["forced", "bos_id"], GenerateOptions { forced: [(0, 1)].into(), ..d.clone() }),
-            (vec!["beam = 2", "sampling"], GenerateOptions { beam: 2, ..sampling(draw.clone()) }),
-            (vec!["temperature = 0"], sampling(Sampling { temperature: 0.0, ..draw.clone() })),
+            (vec!["`beam`: sampling", "got 2"], GenerateOptions { beam: 2, ..sampling(draw.clone()) }),
+            (vec!["`temperature`", "got 0"], sampling(Sampling { temperature: 0.0, ..draw.clone() })),
             (vec!["temperature"], sampling(Sampling { temperature: f64::NAN, ..draw.clone() })),
-            (vec!["top_k = 0"], sampling(Sampling { top_k: Some(0), ..draw.clone() })),
-            (vec!["top_p = 2"], sampling(Sampling { top_p: Some(2.0), ..draw.clone() })),
-            (vec!["top_p = 0"], sampling(Sampling { top_p: Some(0.0), ..draw.clone() })),
-            (vec!["min_p = 1.5"], sampling(Sampling { min_p: Some(1.5), ..draw.clone() })),
+            (vec!["`top_k`", "got 0"], sampling(Sampling { top_k: Some(0), ..draw.clone() })),
+            (vec!["`top_p`", "got 2"], sampling(Sampling { top_p: Some(2.0), ..draw.clone() })),
+            (vec!["`top_p`", "got 0"], sampling(Sampling { top_p: Some(0.0), ..draw.clone() })),
+            (vec!["`min_p`", "got 1.5"], sampling(Sampling { min_p: Some(1.5), ..draw.clone() })),
             (
                 vec!["seed", "2 sources", "got 3"],
                 sampling(Sampling { seeds: Seeds::Each(vec![1, 2, 3]), ..draw.clone() }),

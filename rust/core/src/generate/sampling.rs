@@ -57,16 +57,25 @@ impl Sampling {
         ensure!(
             temperature.is_finite() && *temperature > 0.0,
             Config,
-            "temperature = {temperature}: expected a number above 0; leave it out for the likeliest tokens"
+            "argument `temperature`: expected a number above 0, got {temperature}; leave it out for the likeliest tokens"
         );
-        ensure!(*top_k != Some(0), Config, "top_k = 0: expected at least 1");
+        ensure!(*top_k != Some(0), Config, "argument `top_k`: expected at least 1, got 0");
         for (name, share, least) in [("top_p", top_p, f64::MIN_POSITIVE), ("min_p", min_p, 0.0)] {
             if let Some(share) = share {
-                ensure!((least..=1.0).contains(share), Config, "{name} = {share}: expected a share above 0, at most 1");
+                ensure!(
+                    (least..=1.0).contains(share),
+                    Config,
+                    "argument `{name}`: expected a share above 0, at most 1, got {share}"
+                );
             }
         }
         if let (Seeds::Each(seeds), Some(n)) = (seeds, sources) {
-            ensure!(seeds.len() == n, Shape, "seed: expected one for each of {n} sources, got {}", seeds.len());
+            ensure!(
+                seeds.len() == n,
+                Shape,
+                "argument `seed`: expected one for each of {n} sources, got {}",
+                seeds.len()
+            );
         }
         Ok(())
     }

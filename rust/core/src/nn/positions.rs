@@ -52,7 +52,7 @@ impl Positions {
                 ensure!(
                     rows.end_position() <= *max_positions,
                     Shape,
-                    "positions: a sequence reaches position {}, the learned table has {max_positions}; shorten it or raise max_positions",
+                    "a sequence reaches position {}, the learned table has {max_positions}; shorten it or raise max_positions",
                     rows.end_position()
                 );
                 let ids: Vec<u32> = rows.positions().map(|p| p as u32).collect();

@@ -1,6 +1,6 @@
 //! Scaled dot-product attention of many heads over ragged rows (Vaswani et al. 2017, section 3.2).
 
-use crate::error::Result;
+use crate::error::{Result, Shape};
 use crate::kernels::attention::{
     self as kernel, Gradients, Grid, Inputs, Operand, Out, Saved, Sequence, attention_backward,
     attention_bias_backward, attention_forward, attention_weights,
@@ -280,8 +280,10 @@ fn grid<'a, E>(name: &str, data: &'a [E], shape: [usize; 4], sizes: [usize; 4]) 
     ensure!(
         len == Some(data.len()) && b && h && (l || reaches(2)) && (m || reaches(3)),
         Shape,
-        "attention: argument `{name}`: expected shape {sizes:?} (sequences, heads, queries, keys), 1 allowed for each, \
-         got {shape:?} with {} elements",
+        "attention: argument `{name}`: expected shape {} (sequences, heads, queries, keys), 1 allowed for each, \
+         got {} with {} elements",
+        Shape(&sizes),
+        Shape(&shape),
         data.len()
     );
     Ok(Grid { data, shape })

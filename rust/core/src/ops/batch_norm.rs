@@ -258,7 +258,7 @@ mod tests {
         let mut error =
             |x, w, running| batch_norm(&mut tape, &params, x, w, None, running, 1e-5).unwrap_err().to_string();
         assert!(error(one, Some(w), None).contains("at least two rows"));
-        assert!(error(wide, Some(b), None).contains("`weight`: expected shape [5], got [3]"));
+        assert!(error(wide, Some(b), None).contains("`weight`: expected shape (5,), got (3,)"));
         assert!(error(wide, None, Some(running)).contains("`running`: expected 5 means and variances, got 3 and 3"));
         let momentum = Running { momentum: 1.5, ..running };
         assert!(error(one, None, Some(momentum)).contains("`momentum`"));

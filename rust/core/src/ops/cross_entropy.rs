@@ -3,7 +3,7 @@
 use super::embedding::check_ids;
 use super::expect_shape;
 use super::linear::{column_sums, matrix, product, product_dw, product_dx, product_int8, transposed};
-use crate::error::Result;
+use crate::error::{Result, Shape};
 use crate::kernels::Beta;
 use crate::kernels::elementwise::{multiple, scale_assign};
 use crate::kernels::gemm::Mat;
@@ -123,9 +123,14 @@ fn vocabulary<T: Float>(
 ) -> Result<usize> {
     let shape = &params.layout().entry(weight).shape;
     let &[v, columns] = &shape[..] else {
-        bail!(Shape, "{op}: argument `weight`: expected a matrix, got shape {shape:?}")
+        bail!(Shape, "{op}: argument `weight`: expected a matrix, got shape {}", Shape(shape))
     };
-    ensure!(columns == d, Shape, "{op}: argument `weight`: expected (V, {d}) for `x` of {d} columns, got {shape:?}");
+    ensure!(
+        columns == d,
+        Shape,
+        "{op}: argument `weight`: expected (V, {d}) for `x` of {d} columns, got {}",
+        Shape(shape)
+    );
     bias.map_or(Ok(()), |bias| expect_shape(params, op, "bias", bias, &[v]))?;
     Ok(v)
 }
@@ -408,7 +413,7 @@ mod tests {
             let result = linear_cross_entropy(&mut tape, &params, x, weight, bias, &[0, 0], 0.0);
             result.unwrap_err().to_string()
         };
-        assert!(error(ids[0], Some(ids[1])).contains("`bias`: expected shape [7], got [6]"));
+        assert!(error(ids[0], Some(ids[1])).contains("`bias`: expected shape (7,), got (6,)"));
         assert!(error(ids[1], None).contains("`weight`: expected a matrix"));
     }
 }

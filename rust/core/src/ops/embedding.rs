@@ -1,6 +1,6 @@
 //! Rows of a table, chosen by token ids.
 
-use crate::error::Result;
+use crate::error::{Result, Shape};
 use crate::kernels::embedding::{embedding_backward, embedding_forward, rows_by_id};
 use crate::profile::{self, Work};
 use crate::simd::Float;
@@ -18,8 +18,8 @@ pub fn embedding<T: Float>(
     let &[vocabulary, cols] = &params.layout().entry(table).shape[..] else {
         bail!(
             Shape,
-            "embedding: argument `table`: expected a matrix, got shape {:?}",
-            params.layout().entry(table).shape
+            "embedding: argument `table`: expected a matrix, got shape {}",
+            Shape(&params.layout().entry(table).shape)
         )
     };
     check_ids("embedding", "ids", ids.iter().copied(), vocabulary)?;

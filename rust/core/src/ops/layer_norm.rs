@@ -193,7 +193,7 @@ mod tests {
         let mut tape = Tape::evaluation(Pool::default());
         let x = tape.constant(testing::normal(2, 4, 1));
         let error = layer_norm(&mut tape, &params, x, Some(ids[0]), Some(ids[1]), 1e-5).unwrap_err().to_string();
-        assert!(error.starts_with("layer_norm: argument `bias`: expected shape [4], got [5]"), "{error}");
+        assert!(error.starts_with("layer_norm: argument `bias`: expected shape (4,), got (5,)"), "{error}");
         let empty = tape.constant(testing::normal(2, 0, 1));
         assert!(layer_norm(&mut tape, &params, empty, None, None, 1e-5).is_err());
         assert!(layer_norm(&mut tape, &params, x, None, None, f64::NAN).is_err());

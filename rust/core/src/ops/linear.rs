@@ -3,7 +3,7 @@
 use super::residual::draw;
 use super::{Activation, activation, dropout, expect_shape};
 use crate::ensure;
-use crate::error::Result;
+use crate::error::{Result, Shape};
 use crate::kernels::Beta;
 use crate::kernels::activation::{self as curves, relu_backward};
 use crate::kernels::elementwise::multiple;
@@ -106,8 +106,8 @@ fn check<T: Float>(params: &Params<T>, d: usize, weights: &[ParamId], biases: &[
         ensure!(
             matches!(shape(w), &[_, columns] if columns == d),
             Shape,
-            "linear: argument `weight`: expected shape (out, {d}) for `x` of {d} columns, got {:?}",
-            shape(w)
+            "linear: argument `weight`: expected shape (out, {d}) for `x` of {d} columns, got {}",
+            Shape(shape(w))
         );
         widths.push(shape(w)[0]);
     }
@@ -469,7 +469,7 @@ mod tests {
         let mut error = |x, w: &[ParamId], b: &[ParamId]| linear(&mut tape, &params, x, w, b).unwrap_err().to_string();
         assert!(error(wide, &w, &b).contains("linear: argument `weight`: expected shape (out, 5)"));
         assert!(error(x, &w, &b[..1]).contains("`bias`: expected none or one for each of 2 weights, got 1"));
-        assert!(error(x, &w[..1], &b[1..]).contains("`bias`: expected shape [3], got [2]"));
-        assert!(error(x, &b[..1], &[]).contains("got [3]"));
+        assert!(error(x, &w[..1], &b[1..]).contains("`bias`: expected shape (3,), got (2,)"));
+        assert!(error(x, &b[..1], &[]).contains("got (3,)"));
     }
 }

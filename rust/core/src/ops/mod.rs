@@ -32,7 +32,7 @@ pub use softmax::{log_probabilities, softmax};
 pub use token_losses::token_losses;
 
 use crate::ensure;
-use crate::error::Result;
+use crate::error::{Result, Shape};
 use crate::simd::Float;
 use crate::tape::{ParamId, Params, Pool, Tensor};
 
@@ -42,8 +42,9 @@ fn expect_shape<T: Float>(params: &Params<T>, op: &str, argument: &str, id: Para
     ensure!(
         entry.shape == shape,
         Shape,
-        "{op}: argument `{argument}`: expected shape {shape:?}, got {:?}; it must fit the last axis of `x`",
-        entry.shape
+        "{op}: argument `{argument}`: expected shape {}, got {}; it must fit the last axis of `x`",
+        Shape(shape),
+        Shape(&entry.shape)
     );
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! Parameters by name in one flat arena.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Shape};
 use crate::kernels::gemm::{Mat, PackedRhs};
 use crate::kernels::int8::{Int8Matrix, Int8Rhs};
 use crate::rng::Key;
@@ -373,10 +373,10 @@ impl<T: Float> Params<T> {
         ensure!(
             values.len() == entry.range.len(),
             Shape,
-            "parameter `{}`: expected {} values for shape {:?}, got {}",
+            "parameter `{}`: expected {} values for shape {}, got {}",
             entry.name,
             entry.range.len(),
-            entry.shape,
+            Shape(&entry.shape),
             values.len()
         );
         self.data[entry.range.clone()].copy_from_slice(values);

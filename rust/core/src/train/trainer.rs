@@ -2,7 +2,7 @@
 
 use super::{NO_DECAY, Optimizer, OptimizerState, Schedule, clip_scale, global_norm, pattern};
 use crate::checkpoint::NamedArray;
-use crate::error::Result;
+use crate::error::{Result, Shape};
 use crate::kernels::gemm::Precision;
 use crate::kernels::reduce::scale_assign_and_square;
 use crate::models::{Batch, Transformer};
@@ -188,13 +188,19 @@ pub fn set_gradients(params: &Params<f32>, grads: &mut Grads<f32>, arrays: &[Nam
         match layout.find(name).filter(|&id| grads.wants(id)) {
             None => problems.push(format!("`{name}` is not trained")),
             Some(id) if layout.entry(id).shape != *shape => {
-                problems.push(format!("`{name}`: expected shape {:?}, got {shape:?}", layout.entry(id).shape));
+                let expected = Shape(&layout.entry(id).shape);
+                problems.push(format!("`{name}`: expected shape {expected}, got {}", Shape(shape)));
             }
             Some(id) => grads.set(id, values)?,
         }
     }
     problems.extend(grads.missing().map(|id| format!("`{}` is missing", layout.entry(id).name)));
-    ensure!(problems.is_empty(), Shape, "gradients: {}; pass one for each trained parameter", problems.join(", "));
+    ensure!(
+        problems.is_empty(),
+        Shape,
+        "argument `grads`: {}; pass one for each trained parameter",
+        problems.join(", ")
+    );
     Ok(())
 }
 
@@ -499,7 +505,7 @@ impl Trainer {
         ensure!(
             gradients.step == self.step + 1,
             Config,
-            "apply: these gradients were made for step {}, the next one is {}; make them anew",
+            "these gradients were made for step {}, the next one is {}; make them anew",
             gradients.step,
             self.step + 1
         );

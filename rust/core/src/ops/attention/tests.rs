@@ -203,7 +203,7 @@ fn wrong_arguments_are_named() {
     for shape in [[3, 1, 1, 1], [1, 3, 1, 1], [1, 1, 2, 1], [1, 1, 1, 2], [usize::MAX, 2, 1, 1]] {
         let keep = DenseMask { keep: vec![true; if shape[0] > 3 { 0 } else { shape.iter().product() }].into(), shape };
         let text = error(0, 16, &rows, good, &Masks { keep: Some(&keep), ..none });
-        assert!(text.contains("argument `keep`: expected shape [2, 2, 3, 3]"), "{text}");
+        assert!(text.contains("argument `keep`: expected shape (2, 2, 3, 3)"), "{text}");
     }
     let bias = Some(Bias { var: x, shape: [1, 1, 3, 3] });
     assert!(error(0, 16, &rows, good, &Masks { bias, ..none }).contains("argument `bias`"));
