@@ -1,8 +1,9 @@
 //! Threads: `parallel` runs tasks, `section` keeps the workers awake between them.
 //!
-//! One rule gives the same bits for any number of threads: **a task owns its outputs**. How work is cut into tasks
-//! follows from sizes and written constants, never from the number of threads; which thread runs a task, and when,
-//! can then not be seen in any result. Sums over tasks are made afterwards, from one partial per task, in a fixed tree.
+//! One rule gives the same bits for any number of threads: **a task owns its outputs**. Which thread runs a task, and when,
+//! can then not be seen in any result. Where a sum goes over tasks, they are cut by sizes and written constants, never by
+//! the number of threads, and the sum is made afterwards, from one partial per task, in a fixed tree. Where each output is
+//! one task's alone (products, rows of attention), the number of threads may decide how many tasks there are.
 //!
 //! rayon owns the threads, one less than asked for, because the caller is worker 0. Waking a sleeping thread costs
 //! 30–50 µs, more than most regions last, so a *hot section* borrows the threads for a training step or a decode
