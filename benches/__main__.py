@@ -1,10 +1,10 @@
 """Measure, beside the rivals, and write it down: docs/benchmarks.md, docs/benchmarks.json and README's table.
 
     python -m benches                       # everything (`make bench`); ten minutes at most
-    python -m benches steps memory          # these sections alone; the others keep what was measured before
+    python -m benches steps attention       # these sections alone; the others keep what was measured before
     python -m benches steps --only tiny --turns 16 --dry
 
-A section whose rival is not installed is skipped; the last two, vs_ctranslate2 and vs_onnxruntime, take some minutes more.
+`avx2` runs only where it is named. A section whose rival is not installed is skipped; `decoding` and `embedding` take some minutes more.
 A section is a module of this folder with a `SECTION`; what it writes goes between `<!-- name: begin -->` and `<!-- name: end -->`.
 """
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def write_ctranslate2(weights: dict[str, Array], folder: Path, eps: float, preci
     spec.save(str(folder))
 
 
-class Side:
+class Side(ABC):
     """What is the same on both: the tokens of the last call, kept for the comparison."""
 
     case: Case
@@ -141,8 +142,9 @@ class Side:
         self.tokens: dict[Case, Array] = {}
         self.mib = 0.0
 
+    @abstractmethod
     def generate(self) -> Any:
-        raise NotImplementedError
+        """The answers to the case."""
 
     def step(self) -> float:
         found = np.array(self.generate(), np.int64)

@@ -18,7 +18,7 @@ use transformer_core::threads;
 /// What `model_type` says in `config.json`.
 const MODEL_TYPE: &str = "transformer";
 
-/// Takes a lock as soon as it is free. Called inside [`door::run`]: Ctrl-C ends the wait.
+/// Takes a lock as soon as it is free. Called inside [`crate::door::run`]: Ctrl-C ends the wait.
 pub fn patiently<G>(attempt: impl Fn() -> Result<G, TryLockError<G>>) -> Result<G> {
     loop {
         match attempt() {
