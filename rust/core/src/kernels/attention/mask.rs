@@ -2,6 +2,7 @@
 
 use super::Sequence;
 use crate::rng::Dropout;
+use std::ops::Range;
 
 /// An array of shape (B, H, L, M), where an axis of length 1 stands for any length.
 #[derive(Clone, Copy, Debug)]
@@ -66,5 +67,42 @@ impl<T> Masks<'_, T> {
     /// The first query of the sequence that may see key `m`.
     pub(super) fn first_query(&self, sequence: &Sequence, m: usize) -> usize {
         if self.causal { (m as isize - sequence.shift).clamp(0, sequence.queries as isize) as usize } else { 0 }
+    }
+
+    /// Pairs of one of these queries and one of these keys that it may see, as far as causality goes.
+    pub(super) fn pairs(&self, sequence: &Sequence, queries: Range<usize>, keys: Range<usize>) -> usize {
+        if !self.causal {
+            return queries.len() * keys.len();
+        }
+        // Query after query sees one key more, from none to all of them.
+        let before = |query: usize| {
+            let seen = (query as isize + sequence.shift - keys.start as isize).max(0) as usize;
+            let some = seen.min(keys.len());
+            some * (some + 1) / 2 + (seen - some) * keys.len()
+        };
+        before(queries.end) - before(queries.start)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_are_counted_as_queries_see_them() {
+        for (causal, shift, queries, keys) in [(false, 0, 9, 7), (true, 0, 9, 9), (true, 4, 5, 9), (true, -3, 9, 6)] {
+            let masks = Masks::<f32> { causal, keep: None, bias: None, dropout: None };
+            let sequence = Sequence { query: 0, queries, key: 0, keys, shift };
+            for (q, k) in
+                [(0..queries, 0..keys), (2..4, 0..3), (3..5, 2..6), (0..2, 5..6), (4..4, 0..keys), (1..5, 3..3)]
+            {
+                let seen = |l: usize| k.clone().filter(|&m| m < masks.visible(&sequence, l)).count();
+                assert_eq!(
+                    masks.pairs(&sequence, q.clone(), k.clone()),
+                    q.clone().map(seen).sum::<usize>(),
+                    "{shift} {q:?} {k:?}"
+                );
+            }
+        }
     }
 }

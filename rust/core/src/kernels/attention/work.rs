@@ -27,12 +27,12 @@ pub(super) struct Item {
 }
 
 impl Item {
-    /// Pairs of a query and a key, times heads; as if each query saw what the middle one sees.
+    /// Pairs of a query and a key that it may see, times heads.
     pub fn pairs<T>(&self, inputs: &Inputs<'_, T>) -> usize {
-        let middle = (self.queries.start + self.queries.end) / 2;
-        let visible = inputs.masks.visible(&inputs.sequences[self.sequence], middle);
-        let keys = visible.min(self.blocks.end * KEYS).saturating_sub(self.blocks.start * KEYS);
-        self.heads.len() * self.queries.len() * keys
+        let sequence = &inputs.sequences[self.sequence];
+        let end = (self.blocks.end * KEYS).min(sequence.keys);
+        let keys = (self.blocks.start * KEYS).min(end)..end;
+        self.heads.len() * inputs.masks.pairs(sequence, self.queries.clone(), keys)
     }
 }
 
