@@ -114,6 +114,17 @@ impl Simd<f32> for Avx2 {
         unsafe { _mm256_maskstore_ps(p, window(n), v) }
     }
     #[inline(always)]
+    unsafe fn load_bf16_ptr<const V: usize>(self, p: *const u16) -> [__m256; V] {
+        debug_assert!(V == 2);
+        // SAFETY: the caller's promise; the token vouches for AVX2.
+        unsafe {
+            let both = _mm256_loadu_si256(p.cast());
+            let mut numbers = [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(both)); V];
+            numbers[V - 1] = _mm256_and_ps(_mm256_castsi256_ps(both), _mm256_castsi256_ps(_mm256_set1_epi32(!0xffff)));
+            numbers
+        }
+    }
+    #[inline(always)]
     unsafe fn transpose_ptr(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
         // SAFETY: the caller's promise; the token vouches for AVX.
         unsafe { transpose(src, src_stride, dst, dst_stride) }

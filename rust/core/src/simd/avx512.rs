@@ -140,6 +140,17 @@ impl Simd<f32> for Avx512 {
         unsafe { _mm512_mask_storeu_ps(p, self.first(n), v) }
     }
     #[inline(always)]
+    unsafe fn load_bf16_ptr<const V: usize>(self, p: *const u16) -> [__m512; V] {
+        debug_assert!(V == 2);
+        // SAFETY: the caller's promise; the token vouches for AVX-512.
+        unsafe {
+            let both = _mm512_loadu_si512(p.cast());
+            let mut numbers = [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(both)); V];
+            numbers[V - 1] = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(!0xffff)));
+            numbers
+        }
+    }
+    #[inline(always)]
     unsafe fn transpose_ptr(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
         for (i, j) in [(0, 0), (0, 8), (8, 0), (8, 8)] {
             // SAFETY: four squares of 8 x 8 inside the caller's; AVX-512 implies AVX.

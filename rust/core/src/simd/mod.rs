@@ -95,6 +95,10 @@ pub trait Simd<T: Float>: Copy + Send + Sync + 'static {
     /// # Safety
     /// `n` ≤ LANES and `p` is valid for writing `n` numbers.
     unsafe fn store_ptr_first(self, v: Self::V, p: *mut T, n: usize);
+    /// Reads V = TILE_VECTORS vectors of bf16 numbers: lane i of vector v stands at i V + v.
+    /// # Safety
+    /// `p` is valid for reading V · LANES of them; no alignment is asked for.
+    unsafe fn load_bf16_ptr<const V: usize>(self, p: *const u16) -> [Self::V; V];
     /// Transposes a square of LANES x LANES: the number at (i, j) of `src` goes to (j, i) of `dst`.
     /// # Safety
     /// `src` is valid for reading LANES rows of LANES numbers that are `src_stride` apart, `dst` likewise for writing.

@@ -66,6 +66,12 @@ macro_rules! portable {
                 }
             }
             #[inline(always)]
+            unsafe fn load_bf16_ptr<const V: usize>(self, p: *const u16) -> [Self::V; V] {
+                // SAFETY: the caller's promise; reading does not ask for alignment.
+                let number = |v, i| unsafe { p.add(i * V + v).read_unaligned() };
+                std::array::from_fn(|v| std::array::from_fn(|i| f32::from_bits(u32::from(number(v, i)) << 16) as $T))
+            }
+            #[inline(always)]
             unsafe fn transpose_ptr(self, src: *const $T, src_stride: usize, dst: *mut $T, dst_stride: usize) {
                 for i in 0..$lanes {
                     for j in 0..$lanes {

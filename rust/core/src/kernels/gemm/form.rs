@@ -1,5 +1,8 @@
 //! The form in which the factors of a product are multiplied: as they are, or rounded to bf16.
 
+// Loops over vectors read like the formula; iterators would hide it.
+#![allow(clippy::needless_range_loop)]
+
 use crate::simd::{Float, Isa, Simd, features, isa};
 
 /// How exactly the factors of a product enter it. Sums and results are never rounded to less than the type holds.
@@ -47,6 +50,26 @@ pub(super) trait Form: Copy + Send + Sync + 'static {
     /// c + a · b, over the steps of the units.
     fn multiply_add<T: Float, S: Simd<T>>(s: S, a: S::V, b: S::V, c: S::V) -> S::V;
 
+    /// V vectors of a row of B; where PART, the first `used` lanes of each, and zeros.
+    /// # Safety
+    /// `b` is valid for reading these.
+    #[inline(always)]
+    unsafe fn row<T: Float, S: Simd<T>, const V: usize, const PART: bool>(
+        s: S,
+        b: *const T,
+        used: [usize; V],
+    ) -> [S::V; V] {
+        let mut row = [s.zero(); V];
+        for v in 0..V {
+            // SAFETY: the caller's promise.
+            row[v] = unsafe {
+                let b = b.add(v * S::LANES);
+                if PART { s.load_ptr_first(b, used[v], T::ZERO) } else { s.load_ptr(b) }
+            };
+        }
+        row
+    }
+
     /// Units of a packed operand with so many steps along K.
     fn units(depth: usize) -> usize {
         depth.div_ceil(Self::STEPS).next_multiple_of(Self::BLOCK)
@@ -60,6 +83,10 @@ pub(super) struct Exact;
 /// Numbers rounded to what bf16 holds, for a CPU without its products.
 #[derive(Clone, Copy)]
 pub(super) struct Rounded;
+
+/// Numbers as they are times a B that is kept in bf16 ([`Bf16Rhs`](super::Bf16Rhs)), widened when it is read.
+#[derive(Clone, Copy)]
+pub(super) struct Widened;
 
 /// Two bf16 numbers side by side, for [`Simd::dot_pairs`], or in blocks as deep as a tile of AMX.
 #[derive(Clone, Copy)]
@@ -81,6 +108,34 @@ impl Form for Exact {
     #[inline(always)]
     fn multiply_add<T: Float, S: Simd<T>>(s: S, a: S::V, b: S::V, c: S::V) -> S::V {
         s.mul_add(a, b, c)
+    }
+}
+
+impl Form for Widened {
+    const STEPS: usize = 1;
+    const IN_PLACE: bool = true;
+    type Packed = Widened;
+
+    #[inline(always)]
+    fn unit<T: Float, S: Simd<T>>(_: S, first: S::V, _: S::V) -> S::V {
+        first
+    }
+    #[inline(always)]
+    fn adjacent<T: Float, S: Simd<T>>(_: S, low: S::V, _: S::V) -> S::V {
+        low
+    }
+    #[inline(always)]
+    fn multiply_add<T: Float, S: Simd<T>>(s: S, a: S::V, b: S::V, c: S::V) -> S::V {
+        s.mul_add(a, b, c)
+    }
+    #[inline(always)]
+    unsafe fn row<T: Float, S: Simd<T>, const V: usize, const PART: bool>(
+        s: S,
+        b: *const T,
+        _: [usize; V],
+    ) -> [S::V; V] {
+        // SAFETY: the rows of a panel are whole.
+        unsafe { s.load_bf16_ptr(b.cast()) }
     }
 }
 

@@ -10,6 +10,7 @@
 //! A is read where it lies, unless its rows fall on one set of the L1 cache; transposed, it is packed into panels as high
 //! as the tile. Tasks are blocks of C that fit the L2 cache; skinny products are cut by columns alone.
 
+mod bf16;
 mod epilogue;
 mod form;
 mod mat;
@@ -23,6 +24,7 @@ mod tiled;
 mod tests;
 
 pub use super::Beta;
+pub use bf16::{Bf16Rhs, product_bf16};
 pub use epilogue::{Activation, Affine, Epilogue, Identity, NoEpilogue};
 pub use form::Precision;
 pub use mat::{Mat, MatMut};
@@ -33,7 +35,7 @@ use std::ops::Range;
 use crate::error::Result;
 use crate::simd::{Buffer, Float, l1_ways};
 use crate::{ensure, kernel, threads};
-use form::{Exact, Form, Pairs, Rounded};
+use form::{Exact, Form, Pairs, Rounded, Widened};
 use pack::panel_len;
 use tile::{KC, Operands};
 
@@ -46,6 +48,8 @@ pub enum Rhs<'a, T> {
     Plain(Mat<'a, T>),
     /// Packed before.
     Packed(&'a PackedRhs<T>),
+    /// Kept in bf16; it is multiplied in f32.
+    Bf16(&'a Bf16Rhs<T>),
 }
 
 impl<'a, T> From<Mat<'a, T>> for Rhs<'a, T> {
@@ -65,6 +69,7 @@ impl<T: Float> Rhs<'_, T> {
         match self {
             Rhs::Plain(b) => b.shape(),
             Rhs::Packed(b) => (b.rows, b.cols),
+            Rhs::Bf16(b) => (b.depth, b.outputs),
         }
     }
 }
@@ -124,7 +129,7 @@ pub fn gemm<'a, T: Float, E: Epilogue<T>>(
     gemm_with(Precision::Full, c, a, b, beta, epilogue)
 }
 
-/// The same with factors of this precision. A packed factor is multiplied as it was packed, at full precision.
+/// The same with factors of this precision. A factor packed before is multiplied as it is, at full precision.
 pub fn gemm_with<'a, T: Float, E: Epilogue<T>>(
     precision: Precision,
     c: MatMut<T>,
@@ -137,6 +142,7 @@ pub fn gemm_with<'a, T: Float, E: Epilogue<T>>(
     let work = c.rows.max(LEAST_ROWS).saturating_mul(c.cols).saturating_mul(a.cols);
     let empty = c.rows == 0 || c.cols == 0 || a.cols == 0;
     let run = |workers| match (precision, b) {
+        (_, Rhs::Bf16(_)) => product::<T, E, Widened>(c, a, b, beta, epilogue, workers),
         (Precision::Full, _) | (_, Rhs::Packed(_)) => product::<T, E, Exact>(c, a, b, beta, epilogue, workers),
         #[cfg(target_arch = "x86_64")]
         (Precision::Bf16, Rhs::Plain(b)) if form::tiles::<T>() && !empty => {
@@ -224,6 +230,10 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
                     let (b_from, b_k, b_panel) = match b {
                         Rhs::Packed(b) => {
                             (b.panels[ks.start * tile_cols..].as_ptr(), tile_cols, panel_len(depth, tile_cols))
+                        }
+                        Rhs::Bf16(b) => {
+                            let row = Bf16Rhs::<T>::row_len();
+                            (b.panels()[ks.start * row..].as_ptr(), row, panel_len(depth, row))
                         }
                         Rhs::Plain(b) if pack_b => {
                             let b = b.rows(steps(&ks))?.columns(cols.clone())?;

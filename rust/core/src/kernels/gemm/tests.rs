@@ -363,3 +363,77 @@ fn bf16_keeps_infinities_and_nan() {
         );
     }
 }
+
+#[test]
+fn a_weight_kept_in_bf16_is_a_rounded_one_bit_for_bit() {
+    fn check<T: Float>(rows: usize, widths: &[usize], depth: usize) {
+        let n: usize = widths.iter().sum();
+        let (x, bias): (Vec<T>, Vec<T>) = (numbers(rows * depth, 40), numbers(n, 41));
+        let weight: Vec<T> = numbers(n * depth, 42);
+        let rounded: Vec<T> = weight.iter().map(|w| T::from_f64(f64::from(bf16(w.to_f64() as f32)))).collect();
+        let mut rest = &weight[..];
+        let kept: Vec<_> = widths
+            .iter()
+            .map(|&width| {
+                let (weight, after) = rest.split_at(width * depth);
+                rest = after;
+                Bf16Rhs::new(weight, width, depth).unwrap()
+            })
+            .collect();
+        let kept: Vec<_> = kept.iter().collect();
+        for threads in [1, 3] {
+            let (mut expected, mut got) = (vec![T::ONE; rows * n], vec![T::ONE; rows * n]);
+            with_local_limit(threads, || {
+                let (x, w) = (Mat::new(&x, rows, depth).unwrap(), Mat::new(&rounded, n, depth).unwrap());
+                let out = MatMut::new(&mut expected, rows, n).unwrap();
+                gemm(out, x, w.t(), Beta::Assign, &Affine::bias(&bias)).unwrap();
+                product_bf16(&mut got, x.data, &kept, &Affine::bias(&bias)).unwrap();
+            });
+            assert!(got == expected, "{rows} x {widths:?} x {depth}, {} threads {threads}", T::NAME);
+        }
+        let mut first = 0;
+        for w in kept {
+            let mut values = vec![T::ONE; w.outputs * depth];
+            w.values(&mut values).unwrap();
+            assert_eq!(values, rounded[first..first + values.len()]);
+            assert!(Bf16Rhs::foreign(&values).is_none());
+            first += values.len();
+        }
+    }
+    let (rows, cols) = tile_shape::<f32>();
+    for rows in [0, 1, 2, 3, 5, rows, rows + 1, 4 * rows + 1, 100, 700] {
+        check::<f32>(rows, &[cols], 37);
+        check::<f32>(rows, &[5, 4 * cols, 3 * cols + 1], KC + 3);
+        check::<f32>(rows, &[8 * cols], 1);
+    }
+    check::<f32>(3, &[7], 0);
+    check::<f32>(2, &[], 5);
+    check::<f32>(1, &[3 * TASK_COLS], 2 * KC + 1);
+    check::<f64>(9, &[5, 12], 30);
+}
+
+#[test]
+fn bf16_rounds_to_nearest_even_and_keeps_what_it_can() {
+    let bits = |x: u32| f32::from_bits(x);
+    let cases = [
+        (bits(0x3f80_8000), bits(0x3f80_0000)), // a tie goes down to the even one,
+        (bits(0x3f81_8000), bits(0x3f82_0000)), // and up
+        (bits(0x3f80_8001), bits(0x3f81_0000)),
+        (bits(0x0000_8001), bits(0x0001_0000)), // below the normal numbers
+        (-0.0, -0.0),
+        (f32::INFINITY, f32::INFINITY),
+        (f32::MAX, f32::INFINITY),
+    ];
+    let numbers = cases.map(|(given, _)| given);
+    let w = Bf16Rhs::new(&numbers, 1, numbers.len()).unwrap();
+    let mut row = [1.0; 7];
+    w.row(0, &mut row);
+    assert_eq!(row.map(f32::to_bits), cases.map(|(_, kept)| kept.to_bits()));
+    assert!(w.bits(0).eq(row.map(|x| (x.to_bits() >> 16) as u16)));
+    assert_eq!(Bf16Rhs::foreign(&numbers), Some(numbers[0]));
+    let mut w = w.copy().unwrap();
+    w.set(&[f32::NAN; 7]).unwrap();
+    w.row(0, &mut row);
+    assert!(row.iter().all(|x| x.is_nan()) && Bf16Rhs::foreign(&row).is_none());
+    assert!(w.set(&[0.0; 6]).is_err() && w.values(&mut [0.0; 8]).is_err());
+}

@@ -133,10 +133,7 @@ unsafe fn tile<T: Float, S: Simd<T>, F: Form, const R: usize, const P: usize, co
         for _ in 0..o.k {
             let mut row = [[s.zero(); V]; P];
             for p in 0..P {
-                for v in 0..V {
-                    let b = b[p].add(v * S::LANES);
-                    row[p][v] = if PART { s.load_ptr_first(b, used[v], T::ZERO) } else { s.load_ptr(b) };
-                }
+                row[p] = F::row::<T, S, V, PART>(s, b[p], used);
                 b[p] = b[p].wrapping_add(o.b_k);
             }
             for r in 0..R {
