@@ -69,10 +69,11 @@ def as_weights(op: str, arrays: Any, precision: str) -> dict[str, NDArray[Any]]:
     return {str(name): one(name, value) for name, value in arrays.items()}
 
 
-def as_precision(op: str, value: Any) -> str:
-    """The one precision that there is to quantise to."""
-    if value != "int8":
-        raise ConfigError(f'{op}: argument `precision`: expected "int8", got {value!r}')
+def as_precision(op: str, value: Any, *allowed: str) -> str:
+    """One of the precisions that a model can be brought to."""
+    if value not in allowed:
+        expected = " or ".join(f'"{one}"' for one in allowed)
+        raise ConfigError(f"{op}: argument `precision`: expected {expected}, got {value!r}")
     return str(value)
 
 

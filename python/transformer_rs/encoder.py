@@ -138,7 +138,7 @@ class EncoderModel(Layer):
 
     @property
     def precision(self) -> str:
-        """What the weights of linear maps are kept in: ``"f32"``, or ``"int8"`` after :meth:`quantize`."""
+        """What matrices are kept in: ``"f32"``, ``"bf16"`` after :meth:`astype`, or ``"int8"`` after :meth:`quantize`."""
         return self._core.precision()
 
     def quantize(self: M, precision: Literal["int8"] = "int8") -> M:
@@ -153,7 +153,7 @@ class EncoderModel(Layer):
             A new model; its ``precision`` is ``"int8"``, and ``save`` and ``load`` keep it so.
 
         Raises:
-            UnsupportedError: The model is quantised already.
+            UnsupportedError: The model is not in f32.
             NonFiniteError: Weights that are not finite.
             ConfigError: Another precision.
 
@@ -165,8 +165,33 @@ class EncoderModel(Layer):
         >>> small.precision, cosine > 0.999
         ('int8', True)
         """
-        as_precision(f"{type(self).__name__}.quantize", precision)
-        return self._like(self._core.quantize_encoder())
+        op = f"{type(self).__name__}.quantize"
+        return self._like(self._core.convert_encoder(as_precision(op, precision, "int8")))
+
+    def astype(self: M, precision: Literal["f32", "bf16"]) -> M:
+        """Make a model whose matrices are kept in another precision; this one stays as it is.
+
+        What ``"bf16"`` and ``"f32"`` mean is said at :meth:`Transformer.astype`; a head is one of the matrices.
+
+        Args:
+            precision: ``"bf16"`` or ``"f32"``.
+
+        Returns:
+            A new model; its ``precision`` says which, and ``save`` and ``load`` keep it so.
+
+        Raises:
+            UnsupportedError: The model is in int8.
+            ConfigError: Another precision.
+
+        >>> import transformer_rs as tr
+        >>> config = tr.EncoderConfig(vocab=99, d_model=32, n_heads=4, n_layers=2, d_ff=64)
+        >>> small = tr.EncoderModel(config, seed=0).astype("bf16")
+        >>> rounded = small.astype("f32")
+        >>> small.precision, bool((small.embed([[5, 6, 7]]) == rounded.embed([[5, 6, 7]])).all())
+        ('bf16', True)
+        """
+        op = f"{type(self).__name__}.astype"
+        return self._like(self._core.convert_encoder(as_precision(op, precision, "f32", "bf16")))
 
     def _like(self: M, core: _core.Layer) -> M:
         """A model with other weights that is otherwise as this one."""

@@ -102,7 +102,7 @@ class Transformer(Generation):
 
     @property
     def precision(self) -> str:
-        """What the weights of linear maps are kept in: ``"f32"``, or ``"int8"`` after :meth:`quantize`."""
+        """What matrices are kept in: ``"f32"``, ``"bf16"`` after :meth:`astype`, or ``"int8"`` after :meth:`quantize`."""
         return self._core.precision()
 
     def quantize(self, precision: Literal["int8"] = "int8") -> "Transformer":
@@ -122,7 +122,7 @@ class Transformer(Generation):
             A new model; its ``precision`` is ``"int8"``, and ``save`` and ``load`` keep it so.
 
         Raises:
-            UnsupportedError: The model is quantised already.
+            UnsupportedError: The model is not in f32.
             NonFiniteError: Weights that are not finite.
             ConfigError: Another precision.
 
@@ -135,8 +135,40 @@ class Transformer(Generation):
         >>> [ids.tolist() for ids in small.generate([[3, 4, 5]])] == [ids.tolist() for ids in model.generate([[3, 4, 5]])]
         True
         """
-        as_precision("Transformer.quantize", precision)
-        return type(self)._of(self._core.quantize(), self._seed)
+        return type(self)._of(self._core.convert(as_precision("Transformer.quantize", precision, "int8")), self._seed)
+
+    def astype(self, precision: Literal["f32", "bf16"]) -> "Transformer":
+        """Make a model whose matrices are kept in another precision; this one stays as it is.
+
+        With ``"bf16"`` every matrix, embeddings and a tied head among them, is rounded to bfloat16 (the 8 exponent bits of
+        f32 and 8 significant ones, to nearest, ties to even) and kept in that alone: half the memory and half the bytes to
+        read for a token, in files too. Everything else is f32 and computed in f32: the results are, bit for bit, those of
+        the f32 model whose matrices were rounded before. Such a model is not trained. ``"f32"`` widens it again: a model
+        of the rounded weights, which can be trained.
+
+        Args:
+            precision: ``"bf16"`` or ``"f32"``.
+
+        Returns:
+            A new model; its ``precision`` says which, and ``save`` and ``load`` keep it so.
+
+        Raises:
+            UnsupportedError: The model is in int8.
+            ConfigError: Another precision.
+
+        >>> import transformer_rs as tr
+        >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, d_ff=32)
+        >>> model = tr.Transformer(config, seed=0)
+        >>> small = model.astype("bf16")
+        >>> rounded = small.astype("f32")
+        >>> small.precision, rounded.precision
+        ('bf16', 'f32')
+        >>> bool((small([[3, 4]], [[1]])[0] == rounded([[3, 4]], [[1]])[0]).all())
+        True
+        """
+        return type(self)._of(
+            self._core.convert(as_precision("Transformer.astype", precision, "f32", "bf16")), self._seed
+        )
 
     @property
     def num_parameters(self) -> int:
@@ -317,8 +349,8 @@ class Transformer(Generation):
         return scores if rows is None else (scores, cut(rows, other.lengths + ends))
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """Give a copy of every parameter and statistic by name: f32. After :meth:`quantize` the weights of linear maps
-        are int8, with their scales as ``..._scale``.
+        """Give a copy of every parameter and statistic by name: f32, which holds what bf16 does. After :meth:`quantize` the
+        weights of linear maps are int8, with their scales as ``..._scale``.
 
         >>> import transformer_rs as tr
         >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, d_ff=32)
@@ -337,7 +369,8 @@ class Transformer(Generation):
         Raises:
             CheckpointError: Arrays that are missing, unexpected or of another shape: all are listed.
             DTypeError: Arrays that hold no real numbers.
-            UnsupportedError: f32 weights for a model in int8; load them into the f32 model and quantise that.
+            UnsupportedError: f32 weights for a model in int8, or numbers that bf16 does not hold for one in bf16; load
+                them into the f32 model and convert that.
 
         >>> import transformer_rs as tr
         >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, d_ff=32)
@@ -453,7 +486,7 @@ class Transformer(Generation):
             transformer, src_embedding, tgt_embedding, head, src_positions, tgt_positions: Names of the modules.
 
         Raises:
-            UnsupportedError: The weights are in int8.
+            UnsupportedError: The weights are in int8. (Those in bf16 come as f32, which holds them.)
 
         >>> import transformer_rs as tr
         >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, d_ff=32)
@@ -470,8 +503,8 @@ class Transformer(Generation):
         op = "Transformer.to_torch"
         modules = _torch.Modules(transformer, src_embedding, tgt_embedding, head, src_positions, tgt_positions)
         _torch.check(op, self._config, modules)
-        if arrays is None and self.precision != "f32":
-            raise UnsupportedError(f"{op}: the weights are in {self.precision}; convert the f32 model")
+        if arrays is None and self.precision == "int8":
+            raise UnsupportedError(f"{op}: the weights are in int8; convert the f32 model")
         return _torch.names(op, self._core, modules).theirs(op, self.state_dict() if arrays is None else arrays)
 
     def __reduce__(self) -> tuple[Any, ...]:

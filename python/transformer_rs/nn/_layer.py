@@ -80,7 +80,8 @@ class Layer:
         Raises:
             CheckpointError: Lists every name that is missing or unexpected and every shape that does not fit.
             DTypeError: An array holds no floats.
-            UnsupportedError: f32 weights for a model in int8; load them into the f32 model and quantise that.
+            UnsupportedError: f32 weights for a model in int8, or numbers that bf16 does not hold for one in bf16; load
+                them into the f32 model and convert that.
 
         >>> import numpy as np
         >>> import transformer_rs as tr

@@ -6,11 +6,11 @@ use crate::pools::{self, Home};
 use numpy::{Element, IntoPyArray, PyArray1, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use transformer_core::checkpoint::{self, Alias, NamedArray, NamedBytes};
+use transformer_core::checkpoint::{self, Alias, Numbers};
 use transformer_core::error::Result;
 use transformer_core::kernels::elementwise;
 use transformer_core::simd::{Float, zeros};
-use transformer_core::tape::Params;
+use transformer_core::tape::{Params, Stored};
 
 /// f32 or f64, on both sides of the border.
 pub trait Real: Float + Element {
@@ -126,7 +126,7 @@ pub fn to_array<'py, T: Real>(py: Python<'py>, values: Vec<T>, shape: &[usize]) 
 /// A name, a shape and values.
 pub type Owned<T> = (String, Vec<usize>, Vec<T>);
 
-/// Copies of all parameters and statistics of a model: floats, and weights in int8.
+/// Copies of all parameters and statistics of a model: floats, those in bf16 widened, and weights in int8.
 pub struct State {
     floats: Vec<Owned<f32>>,
     int8: Vec<Owned<i8>>,
@@ -135,12 +135,20 @@ pub struct State {
 impl State {
     /// Copies them.
     pub fn of(params: &Params<f32>) -> Result<Self> {
-        let floats = |(name, shape, values): NamedArray<'_>| Ok((name.to_owned(), shape.to_vec(), copy(values)?));
-        let int8 = |(name, shape, values): NamedBytes<'_>| (name.to_owned(), shape.to_vec(), values.to_vec());
-        Ok(State {
-            floats: checkpoint::state_dict(params).into_iter().map(floats).collect::<Result<_>>()?,
-            int8: checkpoint::int8_dict(params).into_iter().map(int8).collect(),
-        })
+        let mut state = State { floats: Vec::new(), int8: Vec::new() };
+        for (name, shape, numbers) in checkpoint::tensors(params) {
+            let (name, shape) = (name.to_owned(), shape.to_vec());
+            match numbers {
+                Numbers::F32(values) => state.floats.push((name, shape, copy(values)?)),
+                Numbers::Bf16(matrix) => {
+                    let mut values = zeros(shape.iter().product())?;
+                    matrix.values(&mut values)?;
+                    state.floats.push((name, shape, values));
+                }
+                Numbers::Int8(values) => state.int8.push((name, shape, values.to_vec())),
+            }
+        }
+        Ok(state)
     }
 
     /// Reads them from Python.
@@ -179,18 +187,10 @@ impl State {
     }
 }
 
-/// Whether a precision is int8; f32 is the other one.
-pub fn is_int8(precision: &str) -> PyResult<bool> {
-    match precision {
-        "f32" => Ok(false),
-        "int8" => Ok(true),
-        other => Err(ConfigError::new_err(format!("expected \"f32\" or \"int8\", got {other:?}"))),
-    }
-}
-
-/// The name of what the weights are kept in.
-pub fn precision_of(params: &Params<f32>) -> &'static str {
-    if params.is_int8() { "int8" } else { "f32" }
+/// What matrices are kept in, by its name.
+pub fn stored_in(precision: &str) -> PyResult<Stored> {
+    let unknown = || ConfigError::new_err(format!("expected \"f32\", \"bf16\" or \"int8\", got {precision:?}"));
+    Stored::of_name(precision).ok_or_else(unknown)
 }
 
 /// Arrays by name, for Python.

@@ -1,6 +1,6 @@
 //! Layers with weights of their own.
 
-use crate::arrays::{Floats, State, is_int8, named_arrays, precision_of, token_ids};
+use crate::arrays::{Floats, State, named_arrays, stored_in, token_ids};
 use crate::call::{Answer, Call, Mode, Weights};
 use crate::door;
 use crate::errors::{ConfigError, ShapeError, raise};
@@ -214,26 +214,26 @@ impl Layer {
     #[staticmethod]
     fn blank_encoder(py: Python<'_>, config: &str, precision: &str) -> PyResult<Self> {
         let encoder = Encoder::new(EncoderConfig::from_json(config).map_err(raise)?).map_err(raise)?;
-        let layout = if is_int8(precision)? { encoder.int8_layout() } else { encoder.layout().clone() };
+        let layout = encoder.layout_in(stored_in(precision)?);
         let params = door::run(py, || Params::zeros(layout))?;
         Ok(Self::of_encoder(encoder, params))
     }
 
-    /// The same encoder with the weights of its linear maps in int8.
-    fn quantize_encoder(&self, py: Python<'_>) -> PyResult<Self> {
-        let encoder = self.as_encoder()?.clone();
+    /// The same encoder with its matrices in another precision.
+    fn convert_encoder(&self, py: Python<'_>, precision: &str) -> PyResult<Self> {
+        let (encoder, stored) = (self.as_encoder()?.clone(), stored_in(precision)?);
         let params = door::run(py, || {
             let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
-            weights.params.quantize(encoder.int8_layout())
+            weights.params.convert(encoder.layout_in(stored))
         })?;
         Ok(Self::of_encoder(encoder, params))
     }
 
-    /// What the weights of linear maps are kept in.
+    /// What matrices are kept in.
     fn precision(&self, py: Python<'_>) -> PyResult<&'static str> {
         door::run(py, || {
             let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
-            Ok(precision_of(&weights.params))
+            Ok(weights.params.stored().name())
         })
     }
 
@@ -249,8 +249,7 @@ impl Layer {
             let config = EncoderConfig::from_json(checkpoint.config_json())
                 .map_err(|error| Error::Checkpoint(format!("{place}: {error}")))?;
             let encoder = Encoder::new(config)?;
-            let layout = if checkpoint.is_int8() { encoder.int8_layout() } else { encoder.layout().clone() };
-            let mut params = Params::zeros(layout)?;
+            let mut params = Params::zeros(encoder.layout_in(checkpoint.stored()))?;
             checkpoint.load_into(&mut params, &[])?;
             Ok((encoder, params))
         })?;

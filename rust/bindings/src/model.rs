@@ -12,7 +12,7 @@ use transformer_core::checkpoint::Checkpoint;
 use transformer_core::error::{Error, Result};
 use transformer_core::models::{self, TransformerConfig};
 use transformer_core::rows::Rows;
-use transformer_core::tape::{Params, Pool, Tape};
+use transformer_core::tape::{Params, Pool, Stored, Tape};
 use transformer_core::threads;
 
 /// What `model_type` says in `config.json`.
@@ -52,9 +52,9 @@ impl Model {
     }
 
     /// Weights of zero, for values that come from elsewhere.
-    pub fn blank(config: TransformerConfig, int8: bool) -> Result<Arc<Self>> {
+    pub fn blank(config: TransformerConfig, stored: Stored) -> Result<Arc<Self>> {
         let layers = models::Transformer::new(config)?;
-        let params = Params::zeros(if int8 { layers.int8_layout() } else { layers.layout().clone() })?;
+        let params = Params::zeros(layers.layout_in(stored))?;
         Ok(Model::new(layers, params))
     }
 
@@ -114,7 +114,7 @@ impl Model {
         }
         let config = TransformerConfig::from_json(checkpoint.config_json())
             .map_err(|error| Error::Checkpoint(format!("{place}: {error}")))?;
-        let model = Model::blank(config, checkpoint.is_int8())?;
+        let model = Model::blank(config, checkpoint.stored())?;
         model.write(|params| checkpoint.load_into(params, model.layers.aliases()))?;
         Ok((model, checkpoint))
     }

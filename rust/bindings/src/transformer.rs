@@ -1,6 +1,6 @@
 //! The Transformer as Python sees it.
 
-use crate::arrays::{State, copy, is_int8, precision_of, to_array};
+use crate::arrays::{State, copy, stored_in, to_array};
 use crate::door;
 use crate::errors::raise;
 use crate::generate;
@@ -40,20 +40,20 @@ impl Transformer {
     /// A model whose weights are zero, kept in a precision, for values that come from elsewhere.
     #[staticmethod]
     fn blank(py: Python<'_>, config: &str, precision: &str) -> PyResult<Self> {
-        let (config, int8) = (TransformerConfig::from_json(config).map_err(raise)?, is_int8(precision)?);
-        Ok(Transformer { model: door::run(py, || Model::blank(config, int8))? })
+        let (config, stored) = (TransformerConfig::from_json(config).map_err(raise)?, stored_in(precision)?);
+        Ok(Transformer { model: door::run(py, || Model::blank(config, stored))? })
     }
 
-    /// The same model with the weights of its linear maps in int8.
-    fn quantize(&self, py: Python<'_>) -> PyResult<Self> {
-        let layers = self.model.layers.clone();
-        let params = door::run(py, || self.model.read(|params| params.quantize(layers.int8_layout())))?;
+    /// The same model with its matrices in another precision.
+    fn convert(&self, py: Python<'_>, precision: &str) -> PyResult<Self> {
+        let (layers, stored) = (self.model.layers.clone(), stored_in(precision)?);
+        let params = door::run(py, || self.model.read(|params| params.convert(layers.layout_in(stored))))?;
         Ok(Transformer { model: Model::new(layers, params) })
     }
 
-    /// What the weights of linear maps are kept in.
+    /// What matrices are kept in.
     fn precision(&self, py: Python<'_>) -> PyResult<&'static str> {
-        door::run(py, || self.model.read(|params| Ok(precision_of(params))))
+        door::run(py, || self.model.read(|params| Ok(params.stored().name())))
     }
 
     #[staticmethod]

@@ -1,7 +1,7 @@
 //! The safetensors container: a JSON header that tells name, type, shape and place of each tensor, then the numbers.
 
 use super::files::storage;
-use super::names::{NamedArray, NamedBytes};
+use super::names::{Numbers, Tensor};
 use crate::bail;
 use crate::error::{Error, Result};
 use half::{bf16, f16};
@@ -21,29 +21,25 @@ const MAX_DIMS: usize = 8;
 /// Numbers are read and written in pieces of this many bytes.
 const PIECE: usize = 1 << 16;
 
-/// Writes tensors of f32, then those of int8, in the order given.
+/// Writes tensors in the order given.
 pub(crate) fn write(
     out: &mut dyn Write,
     metadata: &BTreeMap<&str, String>,
-    tensors: &[NamedArray<'_>],
-    int8: &[NamedBytes<'_>],
+    tensors: &[Tensor<'_>],
 ) -> std::io::Result<()> {
     let mut header = Vec::new();
     let mut json = serde_json::Serializer::new(&mut header);
     let mut map = json.serialize_map(None)?;
     map.serialize_entry("__metadata__", metadata)?;
     let mut start = 0;
-    for (name, shape, values) in tensors {
-        let end = start + size_of_val(*values);
-        map.serialize_entry(
-            name,
-            &TensorInfo { dtype: Dtype::F32, shape: shape.to_vec(), data_offsets: (start, end) },
-        )?;
-        start = end;
-    }
-    for (name, shape, values) in int8 {
-        let end = start + values.len();
-        map.serialize_entry(name, &TensorInfo { dtype: Dtype::I8, shape: shape.to_vec(), data_offsets: (start, end) })?;
+    for (name, shape, numbers) in tensors {
+        let dtype = match numbers {
+            Numbers::F32(_) => Dtype::F32,
+            Numbers::Bf16(_) => Dtype::BF16,
+            Numbers::Int8(_) => Dtype::I8,
+        };
+        let end = start + shape.iter().product::<usize>() * dtype.bitsize() / 8;
+        map.serialize_entry(name, &TensorInfo { dtype, shape: shape.to_vec(), data_offsets: (start, end) })?;
         start = end;
     }
     map.end()?;
@@ -52,15 +48,21 @@ pub(crate) fn write(
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(&header)?;
     let mut bytes = Vec::with_capacity(PIECE);
-    for piece in tensors.iter().flat_map(|(.., values)| values.chunks(PIECE / 4)) {
+    let mut put = |piece: &mut dyn Iterator<Item = u8>| {
         bytes.clear();
-        bytes.extend(piece.iter().flat_map(|x| x.to_le_bytes()));
-        out.write_all(&bytes)?;
-    }
-    for piece in int8.iter().flat_map(|(.., values)| values.chunks(PIECE)) {
-        bytes.clear();
-        bytes.extend(piece.iter().map(|x| x.cast_unsigned()));
-        out.write_all(&bytes)?;
+        bytes.extend(piece);
+        out.write_all(&bytes)
+    };
+    for (_, shape, numbers) in tensors {
+        match numbers {
+            Numbers::F32(x) => {
+                x.chunks(PIECE / 4).try_for_each(|x| put(&mut x.iter().flat_map(|x| x.to_le_bytes())))?;
+            }
+            Numbers::Bf16(w) => {
+                (0..shape[0]).try_for_each(|row| put(&mut w.bits(row).flat_map(|x| x.to_le_bytes())))?;
+            }
+            Numbers::Int8(x) => x.chunks(PIECE).try_for_each(|x| put(&mut x.iter().map(|x| x.cast_unsigned())))?,
+        }
     }
     Ok(())
 }

@@ -9,14 +9,14 @@ mod files;
 mod names;
 
 pub(crate) use container::{Container, parse_object};
-pub use names::{Alias, NamedArray, NamedBytes, int8_dict, load_state, load_state_int8, state_dict};
+pub use names::{Alias, NamedArray, NamedBytes, Numbers, Tensor, load_state, load_state_int8, state_dict, tensors};
 pub(crate) use names::{Offer, match_names};
 
 use crate::error::{Error, Result};
-use crate::tape::Params;
+use crate::tape::{Params, Stored};
 use crate::{bail, ensure};
 use files::{Staged, prepare, storage, sync_folder};
-use names::{check_int8, equal, is_int8, match_places, set, set_int8, unequal};
+use names::{check_int8, equal, match_places, set, set_int8, stored_as, unequal};
 use safetensors::Dtype;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -30,8 +30,8 @@ pub const FORMAT_VERSION: u64 = 1;
 const MODEL: &str = "model.safetensors";
 const CONFIG: &str = "config.json";
 const TRAINER: &str = "trainer";
-/// Key of the config, and its one value.
-const QUANTIZATION: (&str, &str) = ("quantization", "int8");
+/// Keys of the config that say what matrices are kept in if not in f32, each with its one value.
+const FORMS: [(&str, Stored); 2] = [("quantization", Stored::Int8), ("dtype", Stored::Bf16)];
 /// A config above this is refused before it is read.
 const MAX_CONFIG: u64 = 1 << 20;
 
@@ -43,7 +43,7 @@ pub(crate) struct TrainerState<'a> {
 }
 
 /// Writes a model into a folder, which is made if need be: `config_json`, an object, with `format_version`, `model_type`
-/// and, where weights are in int8, `quantization` added, and every parameter and statistic. Other files stay as they are; after an error all do.
+/// and, where matrices are not in f32, `quantization` or `dtype` added, and every parameter and statistic. Other files stay as they are; after an error all do.
 pub fn save_model(folder: &Path, config_json: &str, model_type: &str, params: &Params<f32>) -> Result<()> {
     save(folder, config_json, model_type, params, None)
 }
@@ -58,8 +58,10 @@ pub(crate) fn save(
     let mut config = container::parse_object("config", config_json.as_bytes())?;
     config.insert("format_version".into(), FORMAT_VERSION.into());
     config.insert("model_type".into(), model_type.into());
-    if params.is_int8() {
-        config.insert(QUANTIZATION.0.into(), QUANTIZATION.1.into());
+    for (key, stored) in FORMS {
+        if params.stored() == stored {
+            config.insert(key.into(), stored.name().into());
+        }
     }
     let config = Value::Object(config);
     let mut metadata = BTreeMap::from([("format", "pt".to_string()), ("config", config.to_string())]);
@@ -71,13 +73,21 @@ pub(crate) fn save(
         Some(state) => {
             let name = free_name(folder, state.step);
             let about = BTreeMap::from([("format", "pt".to_string()), ("trainer", state.json.clone())]);
-            let staged = Staged::write(folder, &name, |out| container::write(out, &about, &state.arrays, &[]))?;
+            let arrays = state.arrays.iter().map(|&(name, shape, values)| (name, shape, Numbers::F32(values)));
+            let arrays: Vec<Tensor> = arrays.collect();
+            let staged = Staged::write(folder, &name, |out| container::write(out, &about, &arrays))?;
             metadata.insert("trainer", name);
             Some(staged)
         }
     };
-    let (floats, int8) = (state_dict(params), int8_dict(params));
-    let model = Staged::write(folder, MODEL, |out| container::write(out, &metadata, &floats, &int8))?;
+    // The widest numbers first, so that all are aligned.
+    let mut tensors = tensors(params);
+    tensors.sort_by_key(|(.., numbers)| match numbers {
+        Numbers::F32(_) => 0,
+        Numbers::Bf16(_) => 1,
+        Numbers::Int8(_) => 2,
+    });
+    let model = Staged::write(folder, MODEL, |out| container::write(out, &metadata, &tensors))?;
     let config = Staged::write(folder, CONFIG, |out| writeln!(out, "{config:#}"))?;
 
     if let Some(state) = state {
@@ -126,7 +136,7 @@ pub struct Checkpoint {
     container: Container,
     config_json: String,
     model_type: String,
-    int8: bool,
+    stored: Stored,
 }
 
 impl Checkpoint {
@@ -151,13 +161,21 @@ impl Checkpoint {
         let Some(Value::String(model_type)) = config.remove("model_type") else {
             bail!(Checkpoint, "{place}: `model_type`: expected a text; the folder was not written by `save`")
         };
-        let int8 = match config.remove(QUANTIZATION.0) {
-            None => false,
-            Some(value) if value == QUANTIZATION.1 => true,
-            Some(value) => bail!(Checkpoint, "{place}: `quantization`: expected \"int8\" or nothing, got {value}"),
-        };
+        let mut stored = Stored::F32;
+        for (key, form) in FORMS {
+            match config.remove(key) {
+                None => {}
+                Some(value) if value == form.name() && stored == Stored::F32 => stored = form,
+                Some(value) if value == form.name() => {
+                    bail!(Checkpoint, "{place}: `{key}`: {value} does not go with {:?}", stored.name())
+                }
+                Some(value) => {
+                    bail!(Checkpoint, "{place}: `{key}`: expected {:?} or nothing, got {value}", form.name())
+                }
+            }
+        }
         let config_json = Value::Object(config).to_string();
-        Ok(Checkpoint { folder: folder.to_owned(), container, config_json, model_type, int8 })
+        Ok(Checkpoint { folder: folder.to_owned(), container, config_json, model_type, stored })
     }
 
     /// The config as it was given to [`save_model`].
@@ -170,9 +188,9 @@ impl Checkpoint {
         &self.model_type
     }
 
-    /// Whether weights of linear maps are in int8: then the numbers belong into parameters of such a layout.
-    pub fn is_int8(&self) -> bool {
-        self.int8
+    /// What matrices are kept in: the numbers belong into parameters of such a layout.
+    pub fn stored(&self) -> Stored {
+        self.stored
     }
 
     /// Reads every parameter and statistic, strictly as [`load_state`] does. After an error while reading, some are
@@ -182,9 +200,10 @@ impl Checkpoint {
         let offers = self.container.tensors.iter().map(|(name, info)| Offer {
             name,
             shape: &info.shape,
-            problem: match is_int8(params, name) {
-                true => (info.dtype != Dtype::I8).then(|| format!("expected I8, got {}", info.dtype)),
-                false => Container::unreadable(info),
+            problem: match stored_as(params, name, aliases) {
+                Stored::F32 => Container::unreadable(info),
+                Stored::Bf16 => (info.dtype != Dtype::BF16).then(|| format!("expected BF16, got {}", info.dtype)),
+                Stored::Int8 => (info.dtype != Dtype::I8).then(|| format!("expected I8, got {}", info.dtype)),
             },
         });
         for (place, first, others) in match_places(&what, params, offers, aliases)? {

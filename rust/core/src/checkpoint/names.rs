@@ -2,7 +2,8 @@
 
 use crate::bail;
 use crate::error::{Error, Result, Shape};
-use crate::tape::{ParamId, Params, StatId};
+use crate::kernels::gemm::Bf16Rhs;
+use crate::tape::{ParamId, Params, StatId, Stored, check_bf16};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write;
 
@@ -15,9 +16,24 @@ pub type Alias<'a> = (&'a str, &'a str);
 /// A named array of int8 in row-major order.
 pub type NamedBytes<'a> = (&'a str, &'a [usize], &'a [i8]);
 
+/// The numbers of a parameter or statistic, in what they are kept in.
+#[derive(Clone, Copy, Debug)]
+pub enum Numbers<'a> {
+    /// Row-major.
+    F32(&'a [f32]),
+    /// A matrix.
+    Bf16(&'a Bf16Rhs<f32>),
+    /// Row-major.
+    Int8(&'a [i8]),
+}
+
+/// A name, a shape and numbers.
+pub type Tensor<'a> = (&'a str, &'a [usize], Numbers<'a>);
+
 /// Where an array belongs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Place {
+    /// A parameter that is not in int8.
     Param(ParamId),
     Stat(StatId),
     /// A weight in int8.
@@ -26,21 +42,19 @@ pub(crate) enum Place {
     Scale(ParamId),
 }
 
-/// Every parameter and every statistic by its name, in the order of declaration. Weights in int8 are left out, their
-/// scales are not.
-pub fn state_dict(params: &Params<f32>) -> Vec<NamedArray<'_>> {
-    let floats = |(name, shape, place)| Some((name, shape, values(params, place)?));
-    places(params).into_iter().filter_map(floats).collect()
+/// Every parameter and every statistic by its name, in the order of declaration; the scales of a weight in int8 follow it.
+pub fn tensors(params: &Params<f32>) -> Vec<Tensor<'_>> {
+    let tensor = |(name, shape, place)| Some((name, shape, numbers(params, place)?));
+    places(params).into_iter().filter_map(tensor).collect()
 }
 
-/// Every weight in int8 by its name, in the order of declaration.
-pub fn int8_dict(params: &Params<f32>) -> Vec<NamedBytes<'_>> {
-    let layout = params.layout();
-    let bytes = |id| {
-        let entry = layout.entry(id);
-        params.int8(id).map(|w| (entry.name.as_str(), entry.shape.as_slice(), w.values.as_slice()))
+/// The same, those alone that are kept in f32.
+pub fn state_dict(params: &Params<f32>) -> Vec<NamedArray<'_>> {
+    let floats = |(name, shape, numbers)| match numbers {
+        Numbers::F32(values) => Some((name, shape, values)),
+        _ => None,
     };
-    layout.ids().filter_map(bytes).collect()
+    tensors(params).into_iter().filter_map(floats).collect()
 }
 
 /// What errors call the arrays that do not come from a file.
@@ -52,7 +66,7 @@ pub fn load_state(params: &mut Params<f32>, arrays: &[NamedArray<'_>], aliases: 
     load_state_int8(params, arrays, &[], aliases)
 }
 
-/// [`load_state`] for what [`state_dict`] and [`int8_dict`] give.
+/// [`load_state`] for what [`tensors`] gives, matrices in bf16 widened.
 pub fn load_state_int8(
     params: &mut Params<f32>,
     arrays: &[NamedArray<'_>],
@@ -63,7 +77,7 @@ pub fn load_state_int8(
         if shape.iter().product::<usize>() != values.len() {
             bail!(Checkpoint, "{ARRAYS}: `{name}`: shape {} with {} values", Shape(shape), values.len());
         }
-        if is_int8(params, name) {
+        if stored_as(params, name, aliases) == Stored::Int8 {
             bail!(
                 Unsupported,
                 "{ARRAYS}: `{name}` is kept in int8 here and floats came; load them into the f32 model and quantize that"
@@ -78,11 +92,17 @@ pub fn load_state_int8(
     }
     let floats = arrays.iter().map(|(name, shape, _)| Offer { name, shape, problem: None });
     let bytes = int8.iter().map(|(name, shape, _)| {
-        let problem = (!is_int8(params, name)).then(|| "expected floats, got int8".to_string());
+        let fits = stored_as(params, name, aliases) == Stored::Int8;
+        let problem = (!fits).then(|| "expected floats, got int8".to_string());
         Offer { name, shape, problem }
     });
     let plan = match_places(ARRAYS, params, floats.chain(bytes), aliases)?;
-    for (_, first, others) in &plan {
+    for (place, first, others) in &plan {
+        if let Place::Param(id) = place
+            && params.bf16(*id).is_some()
+        {
+            check_bf16(arrays[*first].0, arrays[*first].2)?;
+        }
         if let Some(&other) = others.iter().find(|&&other| !equal(arrays[*first].2, arrays[other].2)) {
             return Err(unequal(ARRAYS, arrays[*first].0, arrays[other].0));
         }
@@ -96,9 +116,11 @@ pub fn load_state_int8(
     Ok(())
 }
 
-/// Whether a name is that of a weight in int8.
-pub(crate) fn is_int8(params: &Params<f32>, name: &str) -> bool {
-    params.layout().find(name).is_some_and(|id| params.int8(id).is_some())
+/// What the array of a name, which may be an alias, is kept in.
+pub(crate) fn stored_as(params: &Params<f32>, name: &str, aliases: &[Alias<'_>]) -> Stored {
+    let name = aliases.iter().find(|(alias, _)| *alias == name).map_or(name, |(_, canonical)| canonical);
+    let layout = params.layout();
+    layout.find(name).map_or(Stored::F32, |id| layout.entry(id).stored)
 }
 
 /// Refuses a number that quantising never gives: products with it are not exact on every path.
@@ -159,13 +181,13 @@ pub(crate) fn set_int8(params: &mut Params<f32>, place: Place, values: &[i8]) ->
     }
 }
 
-/// The floats of a place.
-fn values(params: &Params<f32>, place: Place) -> Option<&[f32]> {
+/// The numbers of a place.
+fn numbers(params: &Params<f32>, place: Place) -> Option<Numbers<'_>> {
     match place {
-        Place::Param(id) => Some(params.get(id)),
-        Place::Stat(id) => Some(params.stat(id)),
-        Place::Scale(id) => params.int8(id).map(|w| &w.scales[..]),
-        Place::Int8(_) => None,
+        Place::Param(id) => Some(params.bf16(id).map_or_else(|| Numbers::F32(params.get(id)), Numbers::Bf16)),
+        Place::Stat(id) => Some(Numbers::F32(params.stat(id))),
+        Place::Scale(id) => params.int8(id).map(|w| Numbers::F32(&w.scales)),
+        Place::Int8(id) => params.int8(id).map(|w| Numbers::Int8(&w.values)),
     }
 }
 

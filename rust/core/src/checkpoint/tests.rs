@@ -2,7 +2,7 @@
 
 pub(crate) use super::files::tests::Folder;
 use super::*;
-use crate::tape::{Builder, Init};
+use crate::tape::{Builder, Init, Layout};
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors, serialize, tensor::TensorView};
 use std::collections::HashMap;
@@ -60,15 +60,29 @@ fn a_model_comes_back_bit_for_bit_and_other_files_stay() {
     assert_eq!((&written["format_version"], &written["model_type"]), (&json("1"), &json("\"transformer\"")));
 }
 
-#[test]
-fn weights_in_int8_come_back_bit_for_bit_and_say_so() {
+/// Two matrices and a vector, and their layout in another form.
+fn two_matrices(stored: Stored) -> (Params<f32>, Arc<Layout>) {
     let mut b = Builder::new();
     b.param("up.weight", &[7, 5], Init::Xavier);
     b.param("up.bias", &[7], Init::Normal { std: 1.0 });
     b.param("down.weight", &[3, 7], Init::Xavier);
     let layout = Arc::new(b.finish());
-    let int8 = Arc::new(layout.in_int8(&[]));
-    let model = Params::<f32>::init(layout.clone(), 1).unwrap().quantize(int8.clone()).unwrap();
+    let other = Arc::new(layout.stored_in(stored, &[]));
+    (Params::init(layout, 1).unwrap(), other)
+}
+
+fn int8_dict(params: &Params<f32>) -> Vec<NamedBytes<'_>> {
+    let bytes = |(name, shape, numbers)| match numbers {
+        Numbers::Int8(values) => Some((name, shape, values)),
+        _ => None,
+    };
+    tensors(params).into_iter().filter_map(bytes).collect()
+}
+
+#[test]
+fn weights_in_int8_come_back_bit_for_bit_and_say_so() {
+    let (f32, int8) = two_matrices(Stored::Int8);
+    let model = f32.convert(int8.clone()).unwrap();
     let folder = Folder::new();
     save_model(&folder.0, JSON, "transformer", &model).unwrap();
     let bytes = fs::read(folder.0.join(MODEL)).unwrap();
@@ -81,13 +95,95 @@ fn weights_in_int8_come_back_bit_for_bit_and_say_so() {
         assert_eq!((scale.dtype(), scale.shape()), (Dtype::F32, &shape[..1]));
     }
     let mut checkpoint = Checkpoint::open(&folder.0).unwrap();
-    assert!(checkpoint.is_int8() && !checkpoint.config_json().contains("quantization"));
+    assert!(checkpoint.stored() == Stored::Int8 && !checkpoint.config_json().contains("quantization"));
     let mut again = Params::zeros(int8).unwrap();
     checkpoint.load_into(&mut again, &[]).unwrap();
     assert_eq!((bits(&again), int8_dict(&again)), (bits(&model), int8_dict(&model)));
     // In parameters of f32 they have no place.
-    let error = checkpoint.load_into(&mut Params::zeros(layout).unwrap(), &[]).unwrap_err().to_string();
+    let error = checkpoint.load_into(&mut Params::zeros(f32.layout().clone()).unwrap(), &[]).unwrap_err().to_string();
     assert!(error.contains("2 unexpected") && error.contains("got I8"), "{error}");
+}
+
+#[test]
+fn matrices_in_bf16_come_back_bit_for_bit_and_say_so() {
+    let (mut f32, layout) = two_matrices(Stored::Bf16);
+    let mut special = vec![f32::NAN, -0.0, f32::INFINITY, f32::MAX, 1e-40];
+    special.resize(35, 0.1);
+    f32.set(f32.layout().find("up.weight").unwrap(), &special).unwrap();
+    let model = f32.convert(layout.clone()).unwrap();
+    let folder = Folder::new();
+    save_model(&folder.0, JSON, "transformer", &model).unwrap();
+    let bytes = fs::read(folder.0.join(MODEL)).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(tensors.len(), 3);
+    for (name, shape, values) in state_dict(&f32) {
+        let tensor = tensors.tensor(name).unwrap();
+        let rounded: Vec<u8> = values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
+        match shape.len() {
+            2 => assert_eq!((tensor.dtype(), tensor.shape(), tensor.data()), (Dtype::BF16, shape, &rounded[..])),
+            _ => assert_eq!((tensor.dtype(), tensor.data().len()), (Dtype::F32, 28)),
+        }
+    }
+    let mut checkpoint = Checkpoint::open(&folder.0).unwrap();
+    assert!(checkpoint.stored() == Stored::Bf16 && !checkpoint.config_json().contains("dtype"));
+    let mut again = Params::zeros(layout.clone()).unwrap();
+    checkpoint.load_into(&mut again, &[]).unwrap();
+    save_model(&folder.0, JSON, "transformer", &again).unwrap();
+    assert_eq!(fs::read(folder.0.join(MODEL)).unwrap(), bytes);
+    // f32 holds all of it; bf16 takes numbers of its own alone.
+    let mut widened = Params::zeros(f32.layout().clone()).unwrap();
+    checkpoint.load_into(&mut widened, &[]).unwrap();
+    assert_eq!(bits(&widened), bits(&model.convert(f32.layout().clone()).unwrap()));
+    save_model(&folder.0, JSON, "transformer", &f32).unwrap();
+    let error = Checkpoint::open(&folder.0).unwrap().load_into(&mut again, &[]).unwrap_err().to_string();
+    assert!(error.contains("2 unfit (`up.weight`: expected BF16, got F32, `down.weight`"), "{error}");
+    let version = again.version();
+    let error = load_state(&mut again, &state_dict(&f32), &[]).unwrap_err();
+    assert!(matches!(&error, Error::Unsupported(text) if text.contains("`up.weight` is kept in bf16")), "{error}");
+    assert_eq!(again.version(), version);
+    load_state(&mut again, &state_dict(&widened), &[]).unwrap();
+
+    for (more, part) in [
+        (r#""dtype": "f16""#, "`dtype`: expected \"bf16\" or nothing, got \"f16\""),
+        (r#""dtype": "bf16", "quantization": "int8""#, "`dtype`: \"bf16\" does not go with \"int8\""),
+    ] {
+        let config = format!(r#"{{"format_version": 1, "model_type": "transformer", {more}}}"#);
+        write_foreign(&folder.0, &[], Some(&config));
+        let error = Checkpoint::open(&folder.0).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
+}
+
+#[test]
+fn a_tied_matrix_in_bf16_may_stand_under_any_of_its_names() {
+    let (f32, layout) = two_matrices(Stored::Bf16);
+    let mut to = Params::zeros(layout.clone()).unwrap();
+    let model = f32.convert(layout).unwrap().convert(f32.layout().clone()).unwrap();
+    let aliases = [("head.weight", "up.weight")];
+    let (mut tensors, halves) =
+        (Vec::new(), |x: &[f32]| x.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect());
+    for (name, shape, values) in state_dict(&model) {
+        match name {
+            "up.bias" => {
+                tensors.push((name, Dtype::F32, shape, values.iter().flat_map(|x| x.to_le_bytes()).collect()));
+            }
+            "up.weight" => tensors.push(("head.weight", Dtype::BF16, shape, halves(values))),
+            _ => tensors.push((name, Dtype::BF16, shape, halves(values))),
+        }
+    }
+    let folder = Folder::new();
+    let config = r#"{"format_version": 1, "model_type": "transformer", "dtype": "bf16"}"#;
+    let mut load = |tensors: &[_]| {
+        write_foreign(&folder.0, tensors, Some(config));
+        Checkpoint::open(&folder.0)?.load_into(&mut to, &aliases)?;
+        Ok::<_, Error>(bits(&to.convert(f32.layout().clone())?))
+    };
+    assert_eq!(load(&tensors).unwrap(), bits(&model));
+    let head = tensors.iter().find(|(name, ..)| *name == "head.weight").unwrap().clone();
+    tensors.push(("up.weight", head.1, head.2, head.3));
+    assert_eq!(load(&tensors).unwrap(), bits(&model));
+    tensors.last_mut().unwrap().3[0] ^= 1;
+    assert!(load(&tensors).unwrap_err().to_string().contains("`up.weight` and `head.weight`"));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Rows of a table, and the sums of gradients that go back into them.
 
-use super::elementwise::multiple_of_row;
+use super::elementwise::{multiple_of_row, scale_row};
+use super::gemm::Bf16Rhs;
 use super::lanes::map;
 use super::{Beta, task_len};
 use crate::error::Result;
@@ -17,6 +18,23 @@ pub fn embedding_forward<T: Float>(y: &mut [T], table: &[T], ids: &[u32], cols: 
     for_each(y.chunks_mut(task_len(cols)).zip(ids.chunks(rows_per_task(cols))), |(y, ids)| {
         for (y, &id) in y.chunks_mut(cols).zip(ids) {
             multiple_of_row(y, Beta::Assign, scale, &table[id as usize * cols..][..cols]);
+        }
+    })
+}
+
+/// The same with a table that is kept in bf16.
+pub fn embedding_forward_bf16<T: Float>(
+    y: &mut [T],
+    table: &Bf16Rhs<T>,
+    ids: &[u32],
+    cols: usize,
+    scale: f64,
+) -> Result<()> {
+    let scale = T::from_f64(scale);
+    for_each(y.chunks_mut(task_len(cols)).zip(ids.chunks(rows_per_task(cols))), |(y, ids)| {
+        for (y, &id) in y.chunks_mut(cols).zip(ids) {
+            table.row(id as usize, y);
+            scale_row(y, scale);
         }
     })
 }

@@ -9,7 +9,7 @@ use crate::nn::{
 use crate::ops::{self, Masks, Pooling};
 use crate::rows::Rows;
 use crate::simd::Float;
-use crate::tape::{Builder, Layout, Params, Tape, Var};
+use crate::tape::{Builder, Layout, Params, Stored, Tape, Var};
 use crate::{bail, ensure};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -199,10 +199,15 @@ impl Encoder {
         &self.layout
     }
 
-    /// The layout with the weights of all linear maps but the head in int8, for [`Params::quantize`].
-    pub fn int8_layout(&self) -> Arc<Layout> {
+    /// The layout with matrices in this form, for [`Params::convert`]. In int8 these are the weights of all linear maps but the
+    /// head.
+    pub fn layout_in(&self, stored: Stored) -> Arc<Layout> {
         let head: Vec<_> = self.head.iter().map(Linear::weight).collect();
-        Arc::new(self.layout.in_int8(&head))
+        match stored {
+            Stored::F32 => self.layout.clone(),
+            Stored::Bf16 => Arc::new(self.layout.stored_in(stored, &[])),
+            Stored::Int8 => Arc::new(self.layout.stored_in(stored, &head)),
+        }
     }
 
     /// What the model is made of.

@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::nn::{FeedForwardActivation, NormKind};
 use crate::rng::Key;
 use crate::rows::Rows;
-use crate::tape::{Grads, Params, Pool, Tape, Tensor, gradcheck};
+use crate::tape::{Grads, Params, Pool, Stored, Tape, Tensor, gradcheck};
 use crate::threads;
 
 fn tiny() -> TransformerConfig {
@@ -33,7 +33,7 @@ fn params(model: &Transformer) -> Params<f32> {
 /// In f32 and in int8.
 fn both(model: &Transformer) -> [Params<f32>; 2] {
     let params = params(model);
-    let int8 = params.quantize(model.int8_layout()).unwrap();
+    let int8 = params.convert(model.layout_in(Stored::Int8)).unwrap();
     [params, int8]
 }
 
@@ -214,7 +214,38 @@ fn int8_stays_near_f32_with_embeddings_as_they_were_and_is_not_trained() {
         let refused = |error: crate::error::Error| matches!(error, crate::error::Error::Unsupported(_));
         assert!(refused(model.loss(&mut tape, &int8, &batch(), 0.0).map(|_| ()).unwrap_err()));
         assert!(refused(Grads::new(&int8).map(|_| ()).unwrap_err()));
-        assert!(refused(int8.quantize(model.int8_layout()).map(|_| ()).unwrap_err()));
+        assert!(refused(int8.convert(model.layout_in(Stored::Int8)).map(|_| ()).unwrap_err()));
+    }
+}
+
+#[test]
+fn bf16_is_f32_with_rounded_matrices_bit_for_bit_and_is_not_trained() {
+    let tied =
+        TransformerConfig { tie_embeddings: Some(Tie::Target), activation: FeedForwardActivation::Swiglu, ..tiny() };
+    let learned = TransformerConfig { positions: PositionKind::Learned, max_positions: Some(6), ..tiny() };
+    for config in norms().into_iter().chain([tied, learned]) {
+        let model = Transformer::new(config).unwrap();
+        let params = params(&model);
+        let bf16 = params.convert(model.layout_in(Stored::Bf16)).unwrap();
+        let rounded = bf16.convert(model.layout().clone()).unwrap();
+        let run = |params: &Params<f32>| {
+            let mut said = logits(&model, params, &batch(), evaluation());
+            said.push(model.score(&mut evaluation(), params, &batch()).unwrap());
+            said.push(model.log_probabilities(&mut evaluation(), params, &batch()).unwrap().to_vec());
+            bits(&said)
+        };
+        assert!(run(&bf16) == run(&rounded) && run(&rounded) != run(&params));
+        for id in params.layout().ids() {
+            let entry = params.layout().entry(id);
+            assert_eq!(bf16.bf16(id).is_some(), entry.shape.len() == 2, "{}", entry.name);
+        }
+        let mut tape = Tape::recording(Pool::default());
+        for error in [
+            model.loss(&mut tape, &bf16, &batch(), 0.0).map(|_| ()).unwrap_err(),
+            Grads::new(&bf16).map(|_| ()).unwrap_err(),
+        ] {
+            assert!(matches!(&error, crate::error::Error::Unsupported(text) if text.contains("bf16")), "{error}");
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use crate::nn::{Embedding, LayerState, Linear, Positions, Stack};
 use crate::ops::{self, CrossEntropy, Masks};
 use crate::rows::Rows;
 use crate::simd::Float;
-use crate::tape::{Builder, Layout, Params, Tape, Tensor, Var};
+use crate::tape::{Builder, Layout, Params, Stored, Tape, Tensor, Var};
 use std::sync::Arc;
 
 /// Source and target sequences side by side, without padding.
@@ -191,10 +191,13 @@ impl Transformer {
         })
     }
 
-    /// The layout with the weights of all linear maps in int8, for [`Params::quantize`]; a head that is an embedding too
-    /// stays as it is.
-    pub fn int8_layout(&self) -> Arc<Layout> {
-        Arc::new(self.layout.in_int8(&[]))
+    /// The layout with matrices in this form, for [`Params::convert`]. In int8 these are the weights of all linear maps; a head
+    /// that is an embedding too stays as it is.
+    pub fn layout_in(&self, stored: Stored) -> Arc<Layout> {
+        match stored {
+            Stored::F32 => self.layout.clone(),
+            _ => Arc::new(self.layout.stored_in(stored, &[])),
+        }
     }
 
     /// Hidden states (R, D) -> logits (R, V).

@@ -2,7 +2,7 @@
 
 use super::embedding::check_ids;
 use super::expect_shape;
-use super::linear::{column_sums, matrix, product, product_dw, product_dx, product_int8, transposed};
+use super::linear::{column_sums, matrix, product, product_compact, product_dw, product_dx, transposed};
 use crate::error::{Result, Shape};
 use crate::kernels::Beta;
 use crate::kernels::elementwise::{multiple, scale_assign};
@@ -11,7 +11,7 @@ use crate::kernels::reduce::sum;
 use crate::kernels::softmax::{RowLoss, cross_entropy_rows, log_probabilities};
 use crate::profile::{self, Work};
 use crate::simd::Float;
-use crate::tape::{Backward, Operation, ParamId, Params, Tape, Tensor, Var};
+use crate::tape::{Backward, Operation, ParamId, Params, Stored, Tape, Tensor, Var};
 use crate::{bail, ensure};
 
 pub use crate::kernels::softmax::IGNORE;
@@ -150,9 +150,10 @@ pub fn linear_cross_entropy<T: Float>(
     let v = vocabulary(params, "linear_cross_entropy", d, weight, bias)?;
     check("linear_cross_entropy", rows, targets, v, smoothing)?;
     ensure!(
-        params.int8(weight).is_none(),
+        params.layout().entry(weight).stored == Stored::F32,
         Unsupported,
-        "linear_cross_entropy: a weight in int8 gives no gradients; take those of the f32 model"
+        "linear_cross_entropy: a weight in {} gives no gradients; take those of the f32 model",
+        params.stored().name()
     );
     let (w, b, precision) = (params.get(weight), bias.map(|bias| params.get(bias)), tape.precision);
 
@@ -274,14 +275,14 @@ pub fn token_logprobs<T: Float>(
     let v = vocabulary(params, "token_logprobs", d, weight, bias)?;
     check("token_logprobs", rows, targets, v, 0.0)?;
     let _timed = profile::forward("token_logprobs", [d, v], || Work::product::<T>(rows, d, v));
-    let (mut log_p, bias, int8) =
-        (vec![T::ZERO; rows], bias.map(|bias| params.get(bias)), params.packed_int8(&[weight])?);
+    let (mut log_p, bias, compact) =
+        (vec![T::ZERO; rows], bias.map(|bias| params.get(bias)), params.compact(&[weight])?);
     let chunk = chunk_rows(v);
     for (i, (log_p, targets)) in log_p.chunks_mut(chunk).zip(targets.chunks(chunk)).enumerate() {
         let (mut logits, n) = (tape.pool.tensor(log_p.len(), v)?, log_p.len());
         let x = &tape.value(x)?[i * chunk * d..][..n * d];
-        match &int8 {
-            Some(w) => product_int8(&mut logits, x, w, bias)?,
+        match &compact {
+            Some(w) => product_compact(&mut logits, x, w, bias)?,
             None => {
                 let w = transposed(params.get(weight), v, d)?;
                 product(tape.precision, &mut logits, Mat::new(x, n, d)?, w, bias, None, None)?;

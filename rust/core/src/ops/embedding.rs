@@ -1,10 +1,11 @@
 //! Rows of a table, chosen by token ids.
 
+use super::linear::refuse_gradients;
 use crate::error::{Result, Shape};
-use crate::kernels::embedding::{embedding_backward, embedding_forward, rows_by_id};
+use crate::kernels::embedding::{embedding_backward, embedding_forward, embedding_forward_bf16, rows_by_id};
 use crate::profile::{self, Work};
 use crate::simd::Float;
-use crate::tape::{Backward, Operation, ParamId, Params, Tape, Tensor, Var};
+use crate::tape::{Backward, Operation, ParamId, Params, Stored, Tape, Tensor, Var};
 use crate::{bail, ensure};
 
 /// y[r] = scale · table[ids[r]], for a table of shape (V, D). Vaswani and others (2017) scale by √D.
@@ -24,10 +25,16 @@ pub fn embedding<T: Float>(
     };
     check_ids("embedding", "ids", ids.iter().copied(), vocabulary)?;
     ensure!(cols > 0, Shape, "embedding: argument `table`: expected at least one column, got none");
+    if params.layout().entry(table).stored != Stored::F32 {
+        refuse_gradients(tape, params, "embedding")?;
+    }
     let wanted = tape.wants(params, &[], &[table]);
     let _timed = profile::forward("embedding", [vocabulary, cols], || Work::passes::<T>(2, ids.len(), cols));
     let mut y = tape.pool.tensor(ids.len(), cols)?;
-    embedding_forward(&mut y, params.get(table), ids, cols, scale)?;
+    match params.bf16(table) {
+        Some(table) => embedding_forward_bf16(&mut y, table, ids, cols, scale)?,
+        None => embedding_forward(&mut y, params.get(table), ids, cols, scale)?,
+    }
     let y = tape.push(y, wanted);
     if wanted {
         tape.record(y, &[], Node { table, sorted: rows_by_id(ids), scale });
@@ -77,6 +84,7 @@ mod tests {
     use crate::error::Error;
     use crate::rng::Key;
     use crate::tape::{Pool, gradcheck};
+    use std::sync::Arc;
 
     #[test]
     fn gradients_equal_differences() {
@@ -98,6 +106,22 @@ mod tests {
         let tokens: Vec<u32> = (0..3000).map(|i| (Key::new(1).uniform(i).powi(3) * 100.0) as u32).collect();
         testing::same_bits(&params, &[], None, |tape, params, _| embedding(tape, params, ids[0], &tokens, 0.5));
         testing::no_rows(&params, &[], None, |tape, params, _| embedding(tape, params, ids[0], &[], 0.5));
+    }
+
+    #[test]
+    fn rows_of_a_table_in_bf16_are_those_of_the_rounded_one() {
+        let (params, ids) = testing::params::<f32>(&[&[70, 20]]);
+        let bf16 = params.convert(Arc::new(params.layout().stored_in(Stored::Bf16, &[]))).unwrap();
+        let rounded = bf16.convert(params.layout().clone()).unwrap();
+        let tokens: Vec<u32> = (0..2000).map(|i| i * 31 % 70).collect();
+        let rows = |params: &Params<f32>| {
+            let mut tape = Tape::evaluation(Pool::default());
+            let y = embedding(&mut tape, params, ids[0], &tokens, 1.7).unwrap();
+            tape.value(y).unwrap().to_vec()
+        };
+        assert!(rows(&bf16) == rows(&rounded) && rows(&rounded) != rows(&params));
+        let error = embedding(&mut Tape::recording(Pool::default()), &bf16, ids[0], &[3], 1.0).unwrap_err();
+        assert!(matches!(&error, Error::Unsupported(text) if text.contains("embedding: weights in bf16")), "{error}");
     }
 
     #[test]

@@ -8,12 +8,12 @@ use crate::kernels::Beta;
 use crate::kernels::activation::{self as curves, relu_backward};
 use crate::kernels::elementwise::multiple;
 use crate::kernels::gemm::{self, Affine, Epilogue, Identity, Mat, MatMut, NoEpilogue, Precision, Rhs};
-use crate::kernels::int8::{self, Int8Rhs};
+use crate::kernels::int8;
 use crate::kernels::reduce::{fold_partials, partial_rows, sum_blocks};
 use crate::profile::{self, Work};
 use crate::rng::Dropout;
 use crate::simd::Float;
-use crate::tape::{Backward, Operation, ParamId, Params, Pool, Tape, Tensor, Var};
+use crate::tape::{Backward, CompactRhs, Operation, ParamId, Params, Pool, Tape, Tensor, Var};
 
 /// y = x Wᵀ + b for weights of shape (out, in). Several weights, declared as one group, stand on top of each other: the
 /// results stand side by side, (R, ΣO). Biases: none, or a group of one for each weight.
@@ -61,16 +61,16 @@ fn affine<T: Float>(
     let (rows, d) = (tape.value(x)?.rows(), tape.value(x)?.cols());
     let widths = check(params, d, weights, biases)?;
     let o = widths.iter().sum();
-    if let Some(w) = params.packed_int8(weights)? {
-        ensure!(
-            !tape.is_recording(),
-            Unsupported,
-            "linear: weights in int8 give no gradients; take those of the f32 model"
-        );
-        let _timed = profile::forward("linear_int8", [d, o], || Work::product::<T>(rows, d, o));
+    if let Some(w) = params.compact(weights)? {
+        refuse_gradients(tape, params, "linear")?;
+        let name = match w {
+            CompactRhs::Bf16(_) => "linear_bf16",
+            CompactRhs::Int8(_) => "linear_int8",
+        };
+        let _timed = profile::forward(name, [d, o], || Work::product::<T>(rows, d, o));
         let mut y = tape.pool.tensor(rows, o)?;
         let b = (!biases.is_empty()).then(|| params.group(biases));
-        finish(Int8 { y: &mut y, x: tape.value(x)?, w: &w }, b, kind, dropout)?;
+        finish(OfCompact { y: &mut y, x: tape.value(x)?, w: &w }, b, kind, dropout)?;
         return Ok(tape.push(y, false));
     }
     let wanted = tape.wants(params, &[x], weights) || tape.wants(params, &[], biases);
@@ -96,6 +96,17 @@ fn affine<T: Float>(
         }
     }
     Ok(y)
+}
+
+/// Refuses to record what a matrix in another form than f32 is used for.
+pub(super) fn refuse_gradients<T: Float>(tape: &Tape<T>, params: &Params<T>, op: &str) -> Result<()> {
+    ensure!(
+        !tape.is_recording(),
+        Unsupported,
+        "{op}: weights in {} give no gradients; take those of the f32 model",
+        params.stored().name()
+    );
+    Ok(())
 }
 
 /// Refuses parameters that do not fit x; returns the number of rows of each weight.
@@ -152,16 +163,19 @@ impl<T: Float> Multiply<T> for Floats<'_, T> {
     }
 }
 
-/// x Wᵀ with weights in int8, and x brought there row by row.
-struct Int8<'a, T> {
+/// x Wᵀ with weights in another form: in bf16 that of f32 once W is rounded; in int8 x is brought there row by row.
+struct OfCompact<'a, T> {
     y: &'a mut [T],
     x: &'a [T],
-    w: &'a Int8Rhs,
+    w: &'a CompactRhs<'a, T>,
 }
 
-impl<T: Float> Multiply<T> for Int8<'_, T> {
+impl<T: Float> Multiply<T> for OfCompact<'_, T> {
     fn by<E: Epilogue<T>>(self, epilogue: &E) -> Result<()> {
-        int8::product(self.y, self.x, self.w, epilogue)
+        match self.w {
+            CompactRhs::Bf16(w) => gemm::product_bf16(self.y, self.x, w, epilogue),
+            CompactRhs::Int8(w) => int8::product(self.y, self.x, w, epilogue),
+        }
     }
 }
 
@@ -179,9 +193,9 @@ pub(super) fn product<T: Float>(
     finish(Floats { precision, y: MatMut::new(y, rows, o)?, x, w }, bias, kind, dropout)
 }
 
-/// x Wᵀ + b with weights in int8.
-pub(super) fn product_int8<T: Float>(y: &mut [T], x: &[T], w: &Int8Rhs, bias: Option<&[T]>) -> Result<()> {
-    finish(Int8 { y, x, w }, bias, None, None)
+/// x Wᵀ + b with a weight in another form than f32.
+pub(super) fn product_compact<T: Float>(y: &mut [T], x: &[T], w: &CompactRhs<'_, T>, bias: Option<&[T]>) -> Result<()> {
+    finish(OfCompact { y, x, w }, bias, None, None)
 }
 
 /// The product, its bias, activation and dropout, in one pass.
@@ -300,7 +314,7 @@ mod tests {
     use super::super::testing;
     use super::*;
     use crate::rng::Key;
-    use crate::tape::{Builder, Init, gradcheck};
+    use crate::tape::{Builder, Init, Stored, gradcheck};
     use std::sync::Arc;
 
     /// Weights of these heights as one group, and their biases as another.
@@ -418,9 +432,9 @@ mod tests {
         let biases = b.group(&[(bias(0).0, &[bias(0).1], normal), (bias(1).0, &[bias(1).1], normal)]);
         let layout = Arc::new(b.finish());
         let params = Params::<f32>::init(layout.clone(), 2).unwrap();
-        let int8 = params.quantize(Arc::new(layout.in_int8(&[]))).unwrap();
+        let int8 = params.convert(Arc::new(layout.stored_in(Stored::Int8, &[]))).unwrap();
         let x: Tensor<f32> = testing::normal(9, 37, 1);
-        let packed = int8.packed_int8(&weights).unwrap().unwrap();
+        let Ok(Some(CompactRhs::Int8(packed))) = int8.compact(&weights) else { panic!("not in int8") };
         let mut expected = vec![0.0; 9 * 35];
         int8::product(&mut expected, &x, &packed, &NoEpilogue).unwrap();
         for (y, b) in expected.chunks_mut(35).flat_map(|row| row.iter_mut().zip(params.group(&biases))) {
@@ -439,6 +453,32 @@ mod tests {
         let x = tape.leaf(testing::normal(9, 37, 1));
         let error = linear(&mut tape, &int8, x, &weights, &biases).unwrap_err();
         assert!(matches!(error, crate::error::Error::Unsupported(_)));
+    }
+
+    #[test]
+    fn a_group_in_bf16_is_that_of_rounded_weights_bit_for_bit() {
+        let (params, w, b) = group::<f32>(37, &[5, 64, 30]);
+        let bf16 = params.convert(Arc::new(params.layout().stored_in(Stored::Bf16, &[]))).unwrap();
+        let rounded = bf16.convert(params.layout().clone()).unwrap();
+        let key = Key::new(5);
+        for rows in [1, 9, 70] {
+            let forward = |params: &Params<f32>, members: std::ops::Range<usize>, training: bool| {
+                let tape = Tape::training(Pool::default(), key).without_recording();
+                let mut tape = if training { tape } else { Tape::evaluation(Pool::default()) };
+                let x = tape.constant(testing::normal(rows, 37, 1));
+                let (w, b, dropout) = (&w[members.clone()], &b[members], (3, 0.4));
+                let y = linear_activation(&mut tape, params, x, w, b, Activation::Gelu, dropout).unwrap();
+                tape.value(y).unwrap().to_vec()
+            };
+            for (members, training) in [(0..3, false), (1..3, false), (0..1, false), (0..3, true)] {
+                let expected = forward(&rounded, members.clone(), training);
+                assert!(forward(&bf16, members.clone(), training) == expected, "{rows} rows, {members:?}");
+            }
+        }
+        let mut tape = Tape::recording(Pool::default());
+        let x = tape.leaf(testing::normal(9, 37, 1));
+        let error = linear(&mut tape, &bf16, x, &w, &b).unwrap_err();
+        assert!(matches!(&error, crate::error::Error::Unsupported(text) if text.contains("in bf16 give no gradients")));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Gradients of the parameters: a flat arena over the trainable ranges.
 
-use super::params::{ParamId, Params};
+use super::params::{ParamId, Params, Stored};
 use crate::error::Result;
 use crate::kernels::Beta;
 use crate::simd::{Buffer, Float};
@@ -21,9 +21,11 @@ impl<T: Float> Grads<T> {
     /// Room for the gradients of all trainable parameters; nothing has arrived yet.
     pub fn new(params: &Params<T>) -> Result<Self> {
         ensure!(
-            !params.is_int8(),
+            params.stored() == Stored::F32,
             Unsupported,
-            "gradients: the weights are in int8, which is not trained; train the f32 model and quantize it"
+            "gradients: the weights are in {}, which is not trained; train the f32 model and {} it",
+            params.stored().name(),
+            if params.stored() == Stored::Int8 { "quantize" } else { "convert" }
         );
         let mut end = 0usize;
         let ranges: Vec<_> = params

@@ -12,7 +12,8 @@ mod tensor;
 pub use backward::{Backward, Operation, VarGrads};
 pub use gradcheck::gradcheck;
 pub use grads::Grads;
-pub use params::{Builder, Entry, Init, Layout, ParamId, Params, StatId};
+pub(crate) use params::check_bf16;
+pub use params::{Builder, CompactRhs, Entry, Init, Layout, ParamId, Params, StatId, Stored};
 pub use tensor::{Pool, Tensor};
 
 use crate::bail;

@@ -1,7 +1,7 @@
 //! Parameters by name in one flat arena.
 
 use crate::error::{Error, Result, Shape};
-use crate::kernels::gemm::{Mat, PackedRhs};
+use crate::kernels::gemm::{Bf16Rhs, Mat, PackedRhs};
 use crate::kernels::int8::{Int8Matrix, Int8Rhs};
 use crate::rng::Key;
 use crate::simd::{Buffer, Float};
@@ -29,6 +29,33 @@ impl ParamId {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct StatId(u32);
 
+/// What the matrices of a model are kept in; its vectors are always f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stored {
+    /// As they are trained.
+    F32,
+    /// All of them rounded to bf16; products widen them and are those of f32.
+    Bf16,
+    /// Those of linear maps in int8, with a scale for each output.
+    Int8,
+}
+
+impl Stored {
+    /// What users call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Stored::F32 => "f32",
+            Stored::Bf16 => "bf16",
+            Stored::Int8 => "int8",
+        }
+    }
+
+    /// What users call so.
+    pub fn of_name(name: &str) -> Option<Self> {
+        [Stored::F32, Stored::Bf16, Stored::Int8].into_iter().find(|stored| stored.name() == name)
+    }
+}
+
 /// How a parameter starts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Init {
@@ -50,7 +77,9 @@ pub struct Entry {
     pub name: String,
     /// Its shape, row-major; linear weights are (out, in).
     pub shape: Vec<usize>,
-    /// Its elements in the arena; none where it is kept in int8.
+    /// What it is kept in.
+    pub stored: Stored,
+    /// Its elements in the arena; none where it is kept in another form.
     pub range: Range<usize>,
     /// Where it is kept in int8: the checkpoint key of its scales, one for each output.
     pub scale: Option<String>,
@@ -94,7 +123,8 @@ impl Builder {
         for (name, shape, init) in members {
             let end = start + shape.iter().product::<usize>();
             let (name, shape) = (self.full(name), shape.to_vec());
-            self.params.push(Entry { name, shape, range: start..end, scale: None, init: *init });
+            let (stored, range) = (Stored::F32, start..end);
+            self.params.push(Entry { name, shape, stored, range, scale: None, init: *init });
             start = end;
         }
         (first..self.params.len() as u32).map(ParamId).collect()
@@ -106,6 +136,7 @@ impl Builder {
         self.stats.push(Entry {
             name: self.full(name),
             shape: vec![len],
+            stored: Stored::F32,
             range: begin..begin + len,
             scale: None,
             init: Init::Constant(start),
@@ -127,7 +158,7 @@ impl Builder {
     /// Ends the declaration.
     pub fn finish(self) -> Layout {
         let by_name = self.params.iter().enumerate().map(|(i, e)| (e.name.clone(), ParamId(i as u32))).collect();
-        Layout { params: self.params, stats: self.stats, by_name }
+        Layout { params: self.params, stats: self.stats, by_name, stored: Stored::F32 }
     }
 }
 
@@ -137,6 +168,7 @@ pub struct Layout {
     params: Vec<Entry>,
     stats: Vec<Entry>,
     by_name: HashMap<String, ParamId>,
+    stored: Stored,
 }
 
 impl Layout {
@@ -165,19 +197,29 @@ impl Layout {
         self.by_name.get(name).copied()
     }
 
-    /// The same parameters with the matrices of linear maps in int8, all but some. They have no elements in the arena;
-    /// groups stay without gaps.
-    pub fn in_int8(&self, except: &[ParamId]) -> Layout {
+    /// The same parameters, as a model declares them, with its matrices in another form, all but some; in int8 those of
+    /// linear maps alone. They have no elements in the arena; groups stay without gaps.
+    pub fn stored_in(&self, stored: Stored, except: &[ParamId]) -> Layout {
         let (mut params, mut old_end, mut end) = (Vec::with_capacity(self.params.len()), 0, 0usize);
         for (id, entry) in self.ids().zip(&self.params) {
             let start = if entry.range.start == old_end { end } else { end.next_multiple_of(16) };
             old_end = entry.range.end;
-            let kept = entry.init != Init::Xavier || except.contains(&id);
-            end = start + if kept { entry.range.len() } else { 0 };
-            let scale = (!kept).then(|| format!("{}_scale", entry.name));
-            params.push(Entry { range: start..end, scale, ..entry.clone() });
+            let turns = match stored {
+                Stored::F32 => false,
+                Stored::Bf16 => entry.shape.len() == 2,
+                Stored::Int8 => entry.init == Init::Xavier,
+            };
+            let own = if turns && !except.contains(&id) { stored } else { Stored::F32 };
+            end = start + if own == Stored::F32 { entry.range.len() } else { 0 };
+            let scale = (own == Stored::Int8).then(|| format!("{}_scale", entry.name));
+            params.push(Entry { stored: own, range: start..end, scale, ..entry.clone() });
         }
-        Layout { params, stats: self.stats.clone(), by_name: self.by_name.clone() }
+        Layout { params, stats: self.stats.clone(), by_name: self.by_name.clone(), stored }
+    }
+
+    /// What matrices are kept in.
+    pub fn stored(&self) -> Stored {
+        self.stored
     }
 
     fn len(&self) -> usize {
@@ -198,9 +240,25 @@ pub struct Params<T> {
     trainable: Vec<bool>,
     version: u64,
     packed: Mutex<Packed<T>>,
-    /// Weights of linear maps that are kept in int8.
-    int8: HashMap<ParamId, Int8Matrix>,
+    /// Matrices that are kept in another form than f32.
+    compact: HashMap<ParamId, Compact<T>>,
     packed_int8: Mutex<PackedInt8>,
+}
+
+/// A matrix in another form than f32.
+#[derive(Debug)]
+enum Compact<T> {
+    Bf16(Bf16Rhs<T>),
+    Int8(Int8Matrix),
+}
+
+/// A weight in another form than f32, or a group of them, as products read it.
+#[derive(Debug)]
+pub enum CompactRhs<'a, T> {
+    /// Each of them.
+    Bf16(Vec<&'a Bf16Rhs<T>>),
+    /// All of them as one.
+    Int8(Arc<Int8Rhs>),
 }
 
 /// Weights in the order in which products of few rows read them, by where they begin and how long they are.
@@ -236,16 +294,22 @@ impl<T: Float> Params<T> {
         let (data, stats) = (Buffer::zeroed(layout.len())?, Buffer::zeroed(layout.stats_len())?);
         let trainable = vec![true; layout.params.len()];
         let (packed, packed_int8) = Default::default();
-        let mut int8 = HashMap::new();
-        for id in layout.ids().filter(|&id| layout.entry(id).scale.is_some()) {
+        let mut compact = HashMap::new();
+        for id in layout.ids() {
             let shape = &layout.entry(id).shape;
-            int8.insert(id, Int8Matrix::zeros(shape[0], shape[1])?);
+            let zeros = match layout.entry(id).stored {
+                Stored::F32 => continue,
+                Stored::Bf16 => Compact::Bf16(Bf16Rhs::zeros(shape[0], shape[1])?),
+                Stored::Int8 => Compact::Int8(Int8Matrix::zeros(shape[0], shape[1])?),
+            };
+            compact.insert(id, zeros);
         }
-        Ok(Params { layout, data, stats, trainable, version: 0, packed, int8, packed_int8 })
+        Ok(Params { layout, data, stats, trainable, version: 0, packed, compact, packed_int8 })
     }
 
-    /// The same parameters in another precision, for gradient checks.
+    /// The same parameters as numbers of another type, for gradient checks. Matrices must be f32.
     pub fn cast<U: Float>(&self) -> Result<Params<U>> {
+        ensure!(self.compact.is_empty(), Unsupported, "cast: the weights are in {}", self.stored().name());
         let convert = |from: &[T]| -> Result<Buffer<U>> {
             let mut to = Buffer::zeroed(from.len())?;
             to.iter_mut().zip(from).for_each(|(to, from)| *to = U::from_f64(from.to_f64()));
@@ -258,7 +322,7 @@ impl<T: Float> Params<T> {
             trainable: self.trainable.clone(),
             version: self.version,
             packed: Mutex::default(),
-            int8: self.int8.clone(),
+            compact: HashMap::new(),
             packed_int8: Mutex::default(),
         })
     }
@@ -268,9 +332,9 @@ impl<T: Float> Params<T> {
         &self.layout
     }
 
-    /// The values of a parameter that is not kept in int8.
+    /// The values of a parameter that is kept in f32.
     pub fn get(&self, id: ParamId) -> &[T] {
-        debug_assert!(!self.int8.contains_key(&id), "this weight is kept in int8");
+        debug_assert!(!self.compact.contains_key(&id), "this weight is kept in another form");
         &self.data[self.layout.entry(id).range.clone()]
     }
 
@@ -300,57 +364,94 @@ impl<T: Float> Params<T> {
         Ok(new)
     }
 
-    /// The same values in a layout of [`Layout::in_int8`]: those weights to the nearest of 255 numbers of each output.
-    pub fn quantize(&self, layout: Arc<Layout>) -> Result<Self> {
-        ensure!(!self.is_int8(), Unsupported, "quantize: the weights are in int8 already; quantize the f32 model");
+    /// The same values in another layout of these parameters: matrices rounded to bf16, to the nearest of 255 numbers of each
+    /// output, or widened from bf16. What was rounded is not rounded once more to less.
+    pub fn convert(&self, layout: Arc<Layout>) -> Result<Self> {
+        match (self.stored(), layout.stored) {
+            (Stored::F32, _) | (Stored::Bf16, Stored::F32 | Stored::Bf16) => {}
+            (from, Stored::Int8) => {
+                bail!(Unsupported, "quantize: the weights are in {} already; quantize the f32 model", from.name())
+            }
+            (from, to) => bail!(
+                Unsupported,
+                "astype: the weights are in {}, which holds less than {}; convert the f32 model",
+                from.name(),
+                to.name()
+            ),
+        }
         let mut new = Self::zeros(layout)?;
         new.stats.copy_from_slice(&self.stats);
         for id in self.layout.ids() {
-            let (entry, values) = (self.layout.entry(id), self.get(id));
-            if let Some(w) = new.int8.get_mut(&id) {
-                *w = Int8Matrix::quantize(values, entry.shape[0], entry.shape[1]).map_err(|error| match error {
-                    Error::NonFinite(_) => Error::NonFinite(format!(
-                        "quantize: parameter `{}` has numbers that are not finite; load weights that are",
-                        entry.name
-                    )),
-                    other => other,
-                })?;
-            } else {
-                new.data[new.layout.entry(id).range.clone()].copy_from_slice(values);
+            let entry = self.layout.entry(id);
+            match (new.compact.get_mut(&id), self.bf16(id)) {
+                (Some(Compact::Bf16(w)), None) => w.set(self.get(id))?,
+                (Some(Compact::Bf16(w)), Some(old)) => *w = old.copy()?,
+                (None, Some(old)) => old.values(&mut new.data[new.layout.entry(id).range.clone()])?,
+                (None, None) => new.data[new.layout.entry(id).range.clone()].copy_from_slice(self.get(id)),
+                (Some(Compact::Int8(w)), _) => {
+                    *w = Int8Matrix::quantize(self.get(id), entry.shape[0], entry.shape[1]).map_err(
+                        |error| match error {
+                            Error::NonFinite(_) => Error::NonFinite(format!(
+                                "quantize: parameter `{}` has numbers that are not finite; load weights that are",
+                                entry.name
+                            )),
+                            other => other,
+                        },
+                    )?;
+                }
             }
         }
         Ok(new)
     }
 
-    /// Whether weights are kept in int8. Such parameters are not trained.
-    pub fn is_int8(&self) -> bool {
-        !self.int8.is_empty()
+    /// What matrices are kept in. Only those in f32 are trained.
+    pub fn stored(&self) -> Stored {
+        self.layout.stored
+    }
+
+    /// A matrix that is kept in bf16.
+    pub fn bf16(&self, id: ParamId) -> Option<&Bf16Rhs<T>> {
+        match self.compact.get(&id) {
+            Some(Compact::Bf16(w)) => Some(w),
+            _ => None,
+        }
     }
 
     /// A weight that is kept in int8.
     pub fn int8(&self, id: ParamId) -> Option<&Int8Matrix> {
-        self.int8.get(&id)
+        match self.compact.get(&id) {
+            Some(Compact::Int8(w)) => Some(w),
+            _ => None,
+        }
     }
 
     /// A weight that is kept in int8, for somebody who is about to change it.
     pub fn int8_mut(&mut self, id: ParamId) -> Option<&mut Int8Matrix> {
         self.touch();
-        self.int8.get_mut(&id)
+        match self.compact.get_mut(&id) {
+            Some(Compact::Int8(w)) => Some(w),
+            _ => None,
+        }
     }
 
-    /// A weight, or a group of them, packed for products in int8, where it is kept so.
-    pub fn packed_int8(&self, ids: &[ParamId]) -> Result<Option<Arc<Int8Rhs>>> {
-        let Some(first) = ids.first().filter(|first| self.int8.contains_key(first)) else { return Ok(None) };
+    /// A weight, or a group of them, for products, where it is kept in another form than f32; in int8 it is packed once for
+    /// each version of the values.
+    pub fn compact(&self, ids: &[ParamId]) -> Result<Option<CompactRhs<'_, T>>> {
+        let Some(first) = ids.first().filter(|first| self.compact.contains_key(first)) else { return Ok(None) };
+        let in_part = || Error::Internal("a group of weights is kept in several forms".into());
+        if self.bf16(*first).is_some() {
+            let weights: Option<Vec<_>> = ids.iter().map(|&id| self.bf16(id)).collect();
+            return Ok(Some(CompactRhs::Bf16(weights.ok_or_else(in_part)?)));
+        }
         let mut packed = self.packed_int8.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (*first, ids.len());
         if let Some(found) = packed.get(&key) {
-            return Ok(Some(found.clone()));
+            return Ok(Some(CompactRhs::Int8(found.clone())));
         }
-        let weights: Option<Vec<_>> = ids.iter().map(|id| self.int8.get(id)).collect();
-        let Some(weights) = weights else { bail!(Internal, "a group of weights is kept in int8 in part") };
-        let new = Arc::new(Int8Rhs::new(&weights)?);
+        let weights: Option<Vec<_>> = ids.iter().map(|&id| self.int8(id)).collect();
+        let new = Arc::new(Int8Rhs::new(&weights.ok_or_else(in_part)?)?);
         packed.insert(key, new.clone());
-        Ok(Some(new))
+        Ok(Some(CompactRhs::Int8(new)))
     }
 
     /// The values change.
@@ -360,26 +461,30 @@ impl<T: Float> Params<T> {
         self.packed.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
-    /// Overwrites a parameter.
+    /// Overwrites a parameter. Where it is kept in bf16, the numbers are such that bf16 holds.
     pub fn set(&mut self, id: ParamId, values: &[T]) -> Result<()> {
         let entry = self.layout.entry(id);
-        if self.int8.contains_key(&id) {
-            bail!(
-                Unsupported,
-                "parameter `{}`: it is kept in int8; set it in the f32 model and quantize that",
-                entry.name
-            );
-        }
+        let len: usize = entry.shape.iter().product();
         ensure!(
-            values.len() == entry.range.len(),
+            values.len() == len,
             Shape,
-            "parameter `{}`: expected {} values for shape {}, got {}",
+            "parameter `{}`: expected {len} values for shape {}, got {}",
             entry.name,
-            entry.range.len(),
             Shape(&entry.shape),
             values.len()
         );
-        self.data[entry.range.clone()].copy_from_slice(values);
+        match self.compact.get_mut(&id) {
+            None => self.data[entry.range.clone()].copy_from_slice(values),
+            Some(Compact::Bf16(w)) => {
+                check_bf16(&entry.name, values)?;
+                w.set(values)?;
+            }
+            Some(Compact::Int8(_)) => bail!(
+                Unsupported,
+                "parameter `{}`: it is kept in int8; set it in the f32 model and quantize that",
+                entry.name
+            ),
+        }
         self.touch();
         Ok(())
     }
@@ -420,6 +525,17 @@ impl<T: Float> Params<T> {
     pub fn set_trainable(&mut self, id: ParamId, trainable: bool) {
         self.trainable[id.0 as usize] = trainable;
     }
+}
+
+/// Refuses numbers that bf16 does not hold as they are, for a matrix of this name.
+pub(crate) fn check_bf16<T: Float>(name: &str, values: &[T]) -> Result<()> {
+    if let Some(x) = Bf16Rhs::foreign(values) {
+        bail!(
+            Unsupported,
+            "`{name}` is kept in bf16 here, which does not hold {x}; load the numbers into the f32 model and convert that"
+        );
+    }
+    Ok(())
 }
 
 /// Draws the elements `first..` of a parameter: a value is a function of its number.
@@ -464,26 +580,67 @@ mod tests {
     }
 
     #[test]
+    fn in_bf16_all_matrices_leave_the_arena_and_come_back_rounded() {
+        let params = Params::<f32>::init(two_linears(), 3).unwrap();
+        let find = |name| params.layout().find(name).unwrap();
+        let (a, q, k) = (find("a.weight"), find("b.q"), find("b.k"));
+        let layout = Arc::new(params.layout().stored_in(Stored::Bf16, &[]));
+        let mut bf16 = params.convert(layout.clone()).unwrap();
+        assert_eq!((params.stored(), bf16.stored()), (Stored::F32, Stored::Bf16));
+        assert_eq!(bf16.group(&[q, k]), params.group(&[q, k]));
+        assert_eq!(bf16.data.len(), 16 + 5, "vectors alone are in the arena");
+        let widened = bf16.convert(params.layout().clone()).unwrap();
+        let rounded: Vec<f32> = params.get(a).iter().map(|&w| half::bf16::from_f32(w).to_f32()).collect();
+        assert_eq!(widened.get(a), rounded);
+        assert_ne!(widened.get(a), params.get(a));
+        let again = bf16.convert(layout).unwrap();
+        assert!(again.bf16(a).unwrap().bits(2).eq(bf16.bf16(a).unwrap().bits(2)));
+        assert!(matches!(bf16.compact(&[a]), Ok(Some(CompactRhs::Bf16(_)))) && bf16.compact(&[q]).unwrap().is_none());
+
+        let version = bf16.version();
+        let error = bf16.set(a, params.get(a)).unwrap_err().to_string();
+        assert!(error.contains("`a.weight` is kept in bf16 here, which does not hold"), "{error}");
+        assert!(bf16.set(a, &[0.5; 14]).is_err() && bf16.version() == version);
+        bf16.set(a, &[0.5; 15]).unwrap();
+        assert!(bf16.bf16(a).unwrap().bits(0).eq([0x3f00; 5]) && bf16.version() > version);
+
+        let int8 = Arc::new(params.layout().stored_in(Stored::Int8, &[]));
+        let error = bf16.convert(int8.clone()).unwrap_err().to_string();
+        assert!(error.contains("in bf16 already; quantize the f32 model"), "{error}");
+        let int8 = params.convert(int8).unwrap();
+        for layout in [params.layout(), bf16.layout()] {
+            let error = int8.convert(layout.clone()).unwrap_err();
+            assert!(matches!(&error, Error::Unsupported(text) if text.contains("astype: the weights are in int8")));
+        }
+        assert!(bf16.cast::<f64>().is_err());
+    }
+
+    #[test]
     fn in_int8_matrices_leave_the_arena_and_groups_stay_together() {
         let mut params = Params::<f32>::init(two_linears(), 3).unwrap();
         let find = |name| params.layout().find(name).unwrap();
         let (a, b, q, k) = (find("a.weight"), find("b.weight"), find("b.q"), find("b.k"));
-        let layout = Arc::new(params.layout().in_int8(&[a]));
-        let mut int8 = params.quantize(layout.clone()).unwrap();
-        assert!(int8.is_int8() && !params.is_int8() && int8.int8(a).is_none());
+        let layout = Arc::new(params.layout().stored_in(Stored::Int8, &[a]));
+        let mut int8 = params.convert(layout.clone()).unwrap();
+        assert_eq!((params.stored(), int8.stored()), (Stored::F32, Stored::Int8));
+        assert!(int8.int8(a).is_none());
         assert_eq!(layout.entry(b).scale.as_deref(), Some("b.weight_scale"));
         assert!(layout.entry(b).range.is_empty() && layout.entry(b).shape == [3, 5]);
         assert_eq!((int8.get(a), int8.group(&[q, k])), (params.get(a), params.group(&[q, k])));
         assert_eq!(int8.int8(b), Some(&Int8Matrix::quantize(params.get(b), 3, 5).unwrap()));
         assert!(matches!(int8.set(b, &[0.0; 15]), Err(Error::Unsupported(_))));
-        assert!(matches!(int8.quantize(layout.clone()), Err(Error::Unsupported(_))));
-        let before = int8.packed_int8(&[b]).unwrap().unwrap();
-        assert!(Arc::ptr_eq(&before, &int8.packed_int8(&[b]).unwrap().unwrap()));
-        assert!(int8.packed_int8(&[a]).unwrap().is_none());
+        assert!(matches!(int8.convert(layout.clone()), Err(Error::Unsupported(_))));
+        let packed = |params: &Params<f32>| match params.compact(&[b]) {
+            Ok(Some(CompactRhs::Int8(packed))) => packed,
+            other => panic!("{other:?}"),
+        };
+        let before = packed(&int8);
+        assert!(Arc::ptr_eq(&before, &packed(&int8)));
+        assert!(int8.compact(&[a]).unwrap().is_none());
         int8.int8_mut(b).unwrap().values.fill(1);
-        assert!(!Arc::ptr_eq(&before, &int8.packed_int8(&[b]).unwrap().unwrap()));
+        assert!(!Arc::ptr_eq(&before, &packed(&int8)));
         params.set(b, &[f32::INFINITY; 15]).unwrap();
-        let error = params.quantize(layout).unwrap_err();
+        let error = params.convert(layout).unwrap_err();
         assert!(matches!(&error, Error::NonFinite(text) if text.contains("`b.weight`")), "{error}");
     }
 
