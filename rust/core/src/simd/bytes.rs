@@ -14,10 +14,18 @@ const AMX_ROWS: usize = 32;
 /// With fewer rows than this AMX leaves the tile to VNNI.
 const AMX_FROM_ROWS: usize = 7;
 
-/// The result of a tile: row by row, panels side by side.
+/// From one row of [`Products`] to the next: some panels side by side.
+pub const WIDTH: usize = 4 * PANEL;
+
+/// The results of tiles of the same rows, row by row.
 #[derive(Debug)]
 #[repr(align(64))]
-pub struct Sums(pub [i32; AMX_ROWS * PANEL]);
+pub struct Products(pub [f32; AMX_ROWS * WIDTH]);
+
+/// Sums of a tile before they are multiplied by scales: row by row, panels side by side.
+#[derive(Debug)]
+#[repr(align(64))]
+struct Sums([i32; AMX_ROWS * PANEL]);
 
 /// Which instructions multiply bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,8 +102,12 @@ pub struct Operands<'a> {
     pub stride: usize,
     /// The sum of every row.
     pub sums: &'a [i32],
+    /// The scale of every row.
+    pub x_scales: &'a [f32],
     /// The panels, one after the other: for each step the bytes of [`PANEL`] outputs.
     pub w: &'a [u8],
+    /// The scale of every output of the panels.
+    pub w_scales: &'a [f32],
     /// Panels: 1, or as many as [`Bytes::panels_at_once`] says.
     pub panels: usize,
 }
@@ -103,6 +115,7 @@ pub struct Operands<'a> {
 /// Multiplies tiles, on the thread that made it and within one task.
 pub struct Multiplier {
     bytes: Bytes,
+    sums: Sums,
     #[cfg(target_arch = "x86_64")]
     tiles: Option<amx::Tiles>,
 }
@@ -112,40 +125,54 @@ impl Multiplier {
     pub fn new(bytes: Bytes) -> Self {
         Multiplier {
             bytes,
+            sums: Sums([0; _]),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `best` and `all` name what the CPU has.
             tiles: (bytes == Bytes::Amx).then(|| unsafe { amx::Tiles::new() }),
         }
     }
 
-    /// `out`, (rows, panels · [`PANEL`]) = x Wᵀ, for as many rows as there are sums.
-    pub fn tile(&mut self, out: &mut Sums, o: Operands<'_>) {
-        let rows = o.sums.len();
+    /// The first `panels` · [`PANEL`] numbers of as many rows as there are sums, [`WIDTH`] apart, = x Wᵀ, times the scales of
+    /// both.
+    pub fn tile(&mut self, out: &mut [f32], o: Operands<'_>) {
+        let (rows, width) = (o.sums.len(), o.panels * PANEL);
         assert!(
             (1..=self.bytes.tile_rows(rows)).contains(&rows)
                 && [1, self.bytes.panels_at_once(rows)].contains(&o.panels)
                 && o.x.len() >= (rows - 1) * o.stride + o.steps * STEP
-                && o.w.len() >= o.panels * o.steps * STEP * PANEL,
+                && o.w.len() >= o.steps * STEP * width
+                && (o.x_scales.len(), o.w_scales.len()) == (rows, width)
+                && out.len() >= (rows - 1) * WIDTH + width,
             "operands of a tile of bytes"
         );
         match self.bytes {
             #[cfg(target_arch = "x86_64")]
-            Bytes::Amx if rows >= AMX_FROM_ROWS => self.amx(out, o),
+            Bytes::Amx if rows >= AMX_FROM_ROWS => {
+                self.amx(o);
+                // SAFETY: a CPU with AMX has AVX-512.
+                unsafe { x86::scale_avx512(out, &self.sums, o) };
+            }
             // SAFETY: `best` and `all` name what the CPU has; the lengths were checked.
             #[cfg(target_arch = "x86_64")]
-            Bytes::Vnni | Bytes::Amx => unsafe { x86::vnni(&mut out.0, o) },
+            Bytes::Vnni | Bytes::Amx => unsafe { x86::vnni(out, o) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Bytes::Avx2 => unsafe { x86::avx2(&mut out.0, o) },
-            _ => portable(&mut out.0, o),
+            Bytes::Avx2 => unsafe {
+                x86::avx2(&mut self.sums.0, o);
+                x86::scale_avx2(out, &self.sums, o);
+            },
+            _ => {
+                portable(&mut self.sums.0, o);
+                scale(out, &self.sums, o);
+            }
         }
     }
 
     #[cfg(target_arch = "x86_64")]
-    fn amx(&mut self, out: &mut Sums, o: Operands<'_>) {
+    fn amx(&mut self, o: Operands<'_>) {
         assert!(o.steps.is_multiple_of(amx::DEPTH) && o.stride.is_multiple_of(4));
         // (w + 128) x summed up is w x summed up and 128 times the sum of x.
-        for (out, sum) in out.0.chunks_exact_mut(PANEL).zip(o.sums) {
+        for (out, sum) in self.sums.0.chunks_exact_mut(PANEL).zip(o.sums) {
             out.fill(-128 * sum);
         }
         let operands = amx::Operands {
@@ -153,7 +180,7 @@ impl Multiplier {
             a: o.x.as_ptr().cast(),
             a_row: o.stride / 4,
             b: o.w.as_ptr().cast(),
-            c: out.0.as_mut_ptr().cast(),
+            c: self.sums.0.as_mut_ptr().cast(),
             c_row: PANEL,
             rows: o.sums.len(),
             cols: PANEL,
@@ -162,22 +189,30 @@ impl Multiplier {
         if let Some(tiles) = &mut self.tiles
             && o.steps > 0
         {
-            // SAFETY: `tile` checked the lengths of x and w, and `out` has the rows of a block.
+            // SAFETY: `tile` checked the lengths of x and w, and `sums` has the rows of a block.
             unsafe { tiles.multiply(amx::Units::Bytes, &operands) };
         }
     }
 }
 
+/// Sums of one panel to numbers.
+#[inline(always)]
+fn scale(out: &mut [f32], sums: &Sums, o: Operands<'_>) {
+    let Ok(w_scales) = <&[f32; PANEL]>::try_from(o.w_scales) else { unreachable!("these paths take one panel at once") };
+    for ((out, sums), &x_scale) in out.chunks_mut(WIDTH).zip(sums.0.as_chunks::<PANEL>().0).zip(o.x_scales) {
+        for ((out, &sum), &w_scale) in out[..PANEL].iter_mut().zip(sums).zip(w_scales) {
+            *out = sum as f32 * (x_scale * w_scale);
+        }
+    }
+}
+
 fn portable(out: &mut [i32], o: Operands<'_>) {
-    let width = o.panels * PANEL;
-    for (r, out) in out.chunks_mut(width).take(o.sums.len()).enumerate() {
-        for (p, out) in out.chunks_mut(PANEL).enumerate() {
-            out.fill(0);
-            let panel = &o.w[p * o.steps * STEP * PANEL..][..o.steps * STEP * PANEL];
-            for (x, w) in o.x[r * o.stride..].chunks_exact(STEP).zip(panel.chunks_exact(STEP * PANEL)) {
-                for (out, w) in out.iter_mut().zip(w.chunks_exact(STEP)) {
-                    *out += x.iter().zip(w).map(|(&x, &w)| i32::from(x) * i32::from(w as i8)).sum::<i32>();
-                }
+    for (r, out) in out.chunks_mut(PANEL).take(o.sums.len()).enumerate() {
+        out.fill(0);
+        let panel = &o.w[..o.steps * STEP * PANEL];
+        for (x, w) in o.x[r * o.stride..].chunks_exact(STEP).zip(panel.chunks_exact(STEP * PANEL)) {
+            for (out, w) in out.iter_mut().zip(w.chunks_exact(STEP)) {
+                *out += x.iter().zip(w).map(|(&x, &w)| i32::from(x) * i32::from(w as i8)).sum::<i32>();
             }
         }
     }
@@ -185,7 +220,7 @@ fn portable(out: &mut [i32], o: Operands<'_>) {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Operands, PANEL, STEP};
+    use super::{Operands, PANEL, STEP, Sums, WIDTH};
     use std::arch::x86_64::*;
 
     macro_rules! choose {
@@ -200,7 +235,7 @@ mod x86 {
     /// # Safety
     /// The CPU has AVX-512 VNNI, and the operands are as long as `tile` asks.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")]
-    pub unsafe fn vnni(out: &mut [i32], o: Operands<'_>) {
+    pub unsafe fn vnni(out: &mut [f32], o: Operands<'_>) {
         macro_rules! run {
             ($r:literal) => {
                 // SAFETY: the caller's promise.
@@ -219,7 +254,7 @@ mod x86 {
     /// R rows, V vectors of 16 outputs, in registers throughout.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")]
     #[inline]
-    unsafe fn vnni_tile<const R: usize, const V: usize>(out: &mut [i32], o: Operands<'_>) {
+    unsafe fn vnni_tile<const R: usize, const V: usize>(out: &mut [f32], o: Operands<'_>) {
         // (w + 128) x summed up is w x summed up and 128 times the sum of x.
         let mut acc: [[__m512i; V]; R] = std::array::from_fn(|r| [_mm512_set1_epi32(-128 * o.sums[r]); V]);
         let panel = o.steps * STEP * PANEL;
@@ -238,13 +273,31 @@ mod x86 {
                 }
             }
         }
-        for (r, acc) in acc.iter().enumerate() {
-            for (v, &acc) in acc.iter().enumerate() {
-                let to = &mut out[(r * V + v) * 16..][..16];
-                // SAFETY: sixteen numbers.
-                unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), acc) };
+        // SAFETY: `tile` checked the lengths of the scales and of `out`.
+        unsafe {
+            let w_scales: [__m512; V] = std::array::from_fn(|v| _mm512_loadu_ps(o.w_scales.as_ptr().add(v * 16)));
+            for (r, acc) in acc.iter().enumerate() {
+                let x_scale = _mm512_set1_ps(*o.x_scales.get_unchecked(r));
+                for (v, (&acc, &w_scale)) in acc.iter().zip(&w_scales).enumerate() {
+                    let product = _mm512_mul_ps(_mm512_cvtepi32_ps(acc), _mm512_mul_ps(x_scale, w_scale));
+                    _mm512_storeu_ps(out.as_mut_ptr().add(r * WIDTH + v * 16), product);
+                }
             }
         }
+    }
+
+    /// # Safety
+    /// The CPU has AVX-512.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+    pub unsafe fn scale_avx512(out: &mut [f32], sums: &Sums, o: Operands<'_>) {
+        super::scale(out, sums, o);
+    }
+
+    /// # Safety
+    /// The CPU has AVX2.
+    #[target_feature(enable = "avx2,fma")]
+    pub unsafe fn scale_avx2(out: &mut [f32], sums: &Sums, o: Operands<'_>) {
+        super::scale(out, sums, o);
     }
 
     /// # Safety

@@ -15,7 +15,7 @@ pub use quantize::{Int8Matrix, quantize_rows};
 
 use super::gemm::{Epilogue, stash};
 use crate::error::Result;
-use crate::simd::bytes::{Bytes, Multiplier, Operands, PANEL, STEP, Sums};
+use crate::simd::bytes::{Bytes, Multiplier, Operands, PANEL, Products, STEP, WIDTH};
 use crate::simd::{Float, Kernel, Simd};
 use crate::{ensure, threads};
 use std::ops::Range;
@@ -23,7 +23,9 @@ use std::ops::Range;
 /// The longest sum: beyond it one of 127² each could leave 32 bits.
 pub const MAX_DEPTH: usize = 1 << 17;
 
-/// Rows of a task at most: their bytes stay in the L2 cache.
+/// Bytes of the rows of a task at most: they stay in the L2 cache, and weights pass by once for all of them.
+const TASK_BYTES: usize = 256 << 10;
+/// A task may have so many rows, whatever their bytes.
 const TASK_ROWS: usize = 96;
 /// A task has at least so many multiply-adds: some ten microseconds.
 const TASK: usize = 1 << 20;
@@ -80,7 +82,7 @@ fn run<T: Float, E: Epilogue<T>>(
         quantize_rows(q, scales, sums, x, depth, stride, workers)?;
 
         let out = Output(y.as_mut_ptr());
-        let grid = Grid::new(rows, w.panels(), depth, workers, bytes.tile_rows(rows));
+        let grid = Grid::new(rows, w.panels(), depth, workers, bytes);
         let (q, sums, scales) = (&*q, &*sums, &*scales);
         let task = |index: usize| {
             let (rows, panels) = grid.block(index);
@@ -118,15 +120,16 @@ struct Grid {
 }
 
 impl Grid {
-    fn new(rows: usize, panels: usize, depth: usize, workers: usize, tile_rows: usize) -> Self {
-        let row_blocks = rows.div_ceil(TASK_ROWS);
-        let row_block = rows.div_ceil(row_blocks).next_multiple_of(tile_rows);
+    fn new(rows: usize, panels: usize, depth: usize, workers: usize, bytes: Bytes) -> Self {
+        let row_blocks = rows.div_ceil(TASK_ROWS.max(TASK_BYTES / depth.max(1)));
+        let row_block = rows.div_ceil(row_blocks).next_multiple_of(bytes.tile_rows(rows));
+        let at_once = bytes.panels_at_once(row_block.min(rows));
         let at_least = TASK.div_ceil((row_block.min(rows).max(LEAST_ROWS) * depth.max(1) * PANEL).max(1));
         let wanted = match workers {
             1 => panels,
             _ => panels.div_ceil((8 * workers).div_ceil(row_blocks)),
         };
-        Grid { rows, panels, row_block, panel_block: wanted.max(at_least).next_multiple_of(4).min(panels.max(1)) }
+        Grid { rows, panels, row_block, panel_block: wanted.max(at_least).next_multiple_of(at_once).min(panels.max(1)) }
     }
 
     fn across(&self) -> usize {
@@ -154,56 +157,57 @@ fn block<T: Float, E: Epilogue<T>>(
     panels: Range<usize>,
 ) {
     let mut multiplier = Multiplier::new(bytes);
-    let mut acc = Sums([0; _]);
+    let mut products = Products([0.0; _]);
     let tile_rows = bytes.tile_rows(rows.len());
     // The same number of panels at once for every tile: the last one may have fewer rows.
     let at_once = bytes.panels_at_once(rows.len().min(tile_rows));
-    let mut panel = panels.start;
-    while panel < panels.end {
-        let count = if panels.end - panel >= at_once { at_once } else { 1 };
+    for group in panels.clone().step_by(WIDTH / PANEL) {
+        let group = group..panels.end.min(group + WIDTH / PANEL);
         let mut row = rows.start;
         while row < rows.end {
             let left = rows.end - row;
             // Two tiles of equal height, no thin one.
             let height = if left > tile_rows && left < 2 * tile_rows { left.div_ceil(2) } else { left.min(tile_rows) };
             let (first, last) = (row * x.stride, (row + height) * x.stride);
-            let operands = Operands {
-                steps: x.stride / STEP,
-                x: &x.q[first..last],
-                stride: x.stride,
-                sums: &x.sums[row..row + height],
-                w: w.panel(panel..panel + count),
-                panels: count,
-            };
-            multiplier.tile(&mut acc, operands);
-            let columns = panel * PANEL..((panel + count) * PANEL).min(w.outputs);
+            let mut panel = group.start;
+            while panel < group.end {
+                let count = if group.end - panel >= at_once { at_once } else { 1 };
+                let operands = Operands {
+                    steps: x.stride / STEP,
+                    x: &x.q[first..last],
+                    stride: x.stride,
+                    sums: &x.sums[row..row + height],
+                    x_scales: &x.scales[row..row + height],
+                    w: w.panel(panel..panel + count),
+                    w_scales: &w.scales[panel * PANEL..(panel + count) * PANEL],
+                    panels: count,
+                };
+                multiplier.tile(&mut products.0[(panel - group.start) * PANEL..], operands);
+                panel += count;
+            }
+            let column = group.start * PANEL;
             T::dispatch(Finish {
-                acc: &acc.0,
-                width: count * PANEL,
+                products: &products,
                 out: out.0,
                 outputs: w.outputs,
-                x_scales: &x.scales[row..row + height],
-                w_scales: &w.scales[columns.clone()],
-                row,
-                column: columns.start,
+                rows: row..row + height,
+                column,
+                columns: (group.len() * PANEL).min(w.outputs - column),
                 epilogue,
             });
             row += height;
         }
-        panel += count;
     }
 }
 
-/// Sums of integers to numbers: scales, then the epilogue.
+/// Products to their places, and the epilogue.
 struct Finish<'a, T, E> {
-    acc: &'a [i32],
-    width: usize,
+    products: &'a Products,
     out: *mut T,
     outputs: usize,
-    x_scales: &'a [f32],
-    w_scales: &'a [f32],
-    row: usize,
+    rows: Range<usize>,
     column: usize,
+    columns: usize,
     epilogue: &'a E,
 }
 
@@ -212,16 +216,19 @@ impl<T: Float, E: Epilogue<T>> Kernel<T> for Finish<'_, T, E> {
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, s: S) {
-        let columns = self.w_scales.len();
-        for (r, (acc, &x_scale)) in self.acc.chunks(self.width).zip(self.x_scales).enumerate() {
-            let at = (self.row + r) * self.outputs + self.column;
+        let Finish { products, out, outputs, rows, column, columns, epilogue } = self;
+        for (row, products) in rows.zip(products.0.as_chunks::<WIDTH>().0) {
             // SAFETY: these columns of this row are inside y, and this task alone has them.
-            let y = unsafe { std::slice::from_raw_parts_mut(self.out.add(at), columns) };
-            for ((y, &acc), &w_scale) in y.iter_mut().zip(acc).zip(self.w_scales) {
-                *y = T::from_f64(f64::from(acc as f32 * (x_scale * w_scale)));
+            let y = unsafe { std::slice::from_raw_parts_mut(out.add(row * outputs + column), columns) };
+            let number = |product: f32| T::from_f64(f64::from(product));
+            let (whole, rest) = y.as_chunks_mut::<PANEL>();
+            let (products, last) = products.split_at(whole.len() * PANEL);
+            for (y, products) in whole.iter_mut().zip(products.as_chunks::<PANEL>().0) {
+                *y = products.map(number);
             }
+            rest.iter_mut().zip(last).for_each(|(y, &product)| *y = number(product));
             if E::ACTIVE {
-                self.epilogue.finish(s, self.row + r, self.column, y);
+                epilogue.finish(s, row, column, y);
             }
         }
     }

@@ -14,6 +14,7 @@ pub struct Int8Rhs {
     panels: Buffer<f32>,
     /// Bytes of one of them.
     panel_len: usize,
+    /// Of all outputs of all panels; 0 for those that fill up the last one.
     pub(super) scales: Vec<f32>,
     pub(super) outputs: usize,
     pub(super) depth: usize,
@@ -28,9 +29,11 @@ impl Int8Rhs {
     pub(super) fn by(bytes: Bytes, weights: &[&Int8Matrix]) -> Result<Self> {
         let depth = weights.first().map_or(0, |w| w.depth);
         ensure!(weights.iter().all(|w| w.depth == depth), Shape, "int8: weights of one depth stand together");
-        let scales: Vec<f32> = weights.iter().flat_map(|w| w.scales.iter().copied()).collect();
+        let mut scales: Vec<f32> = weights.iter().flat_map(|w| w.scales.iter().copied()).collect();
         let steps = bytes.depth(depth) / STEP;
-        let count = scales.len().div_ceil(PANEL);
+        let outputs = scales.len();
+        let count = outputs.div_ceil(PANEL);
+        scales.resize(count * PANEL, 0.0);
         let mut panels = Buffer::zeroed(count * steps * STEP * PANEL / 4)?;
         let all = bytes_of_mut(&mut panels);
         all.fill(bytes.offset());
@@ -41,7 +44,7 @@ impl Int8Rhs {
                 panel[k / STEP * STEP * PANEL + o % PANEL * STEP + k % STEP] = (w as u8).wrapping_add(bytes.offset());
             }
         }
-        Ok(Int8Rhs { panels, panel_len: steps * STEP * PANEL, outputs: scales.len(), scales, depth })
+        Ok(Int8Rhs { panels, panel_len: steps * STEP * PANEL, scales, outputs, depth })
     }
 
     pub(super) fn panels(&self) -> usize {

@@ -2,50 +2,67 @@
 
 use super::MAX_DEPTH;
 use crate::error::Result;
-use crate::simd::Float;
+use crate::simd::{Float, Simd};
 use crate::{bail, ensure, kernel, threads};
 
 /// The largest byte: −128 is left out, so that magnitudes fit as well.
 const LARGEST: f64 = 127.0;
 /// Numbers that become bytes together: a fixed count, which the compiler turns into vector instructions.
 const BLOCK: usize = 64;
+/// Vectors whose largest numbers are sought side by side.
+const CHAINS: usize = 4;
 
 kernel! {
     /// One row to bytes, zeros behind them; gives scale and sum. A row with a number that is not finite has the scale NaN.
     fn quantize_row<'a, T>(s: S; q: &'a mut [i8], x: &'a [T]) -> (f32, i32) {
-        let (mut largest, mut poison) = (s.zero(), s.zero());
-        for x in x.chunks(S::LANES) {
-            let x = s.load_first(x, T::ZERO);
-            largest = s.max(s.abs(x), largest);
-            poison = s.mul_add(x, s.zero(), poison); // 0, NaN from infinity and NaN on
+        let (mut largest, mut poison) = ([s.zero(); CHAINS], [s.zero(); CHAINS]);
+        for x in x.chunks(CHAINS * S::LANES) {
+            for ((x, largest), poison) in x.chunks(S::LANES).zip(&mut largest).zip(&mut poison) {
+                let x = s.load_first(x, T::ZERO);
+                *largest = s.max(s.abs(x), *largest);
+                *poison = s.mul_add(x, s.zero(), *poison); // 0, NaN from infinity and NaN on
+            }
         }
-        let largest = s.reduce_max(largest);
-        q.fill(0);
-        if s.reduce_sum(poison).is_nan() {
-            return (f32::NAN, 0);
-        }
+        let largest = s.reduce_max(largest.into_iter().fold(s.zero(), #[inline(always)] |a, b| s.max(a, b)));
+        let poison = s.reduce_sum(poison.into_iter().fold(s.zero(), #[inline(always)] |a, b| s.add(a, b)));
+        q[x.len()..].fill(0);
+        let q = &mut q[..x.len()];
         let factor = T::from_f64(LARGEST) / largest;
-        if !factor.is_finite() {
-            return (0.0, 0); // zeros, or so small that they are
+        if poison.is_nan() || !factor.is_finite() {
+            q.fill(0);
+            return (if poison.is_nan() { f32::NAN } else { 0.0 }, 0); // zeros, or so small that they are
         }
         let factor = s.splat(factor);
+        let (blocks, rest) = x.as_chunks::<BLOCK>();
+        let (bytes, bytes_of_rest) = q.as_chunks_mut::<BLOCK>();
         let mut sum = 0;
-        for (q, x) in q.chunks_mut(BLOCK).zip(x.chunks(BLOCK)) {
-            let mut rounded = [T::ZERO; BLOCK];
-            for (rounded, x) in rounded.chunks_mut(S::LANES).zip(x.chunks(S::LANES)) {
-                s.store(s.round(s.mul(s.load_first(x, T::ZERO), factor)), rounded);
-            }
-            let mut bytes = [0; BLOCK];
-            for (byte, &x) in bytes.iter_mut().zip(&rounded) {
-                // SAFETY: finite, and at most 127 (1 + 2⁻²²) before it was rounded.
-                let x = unsafe { (x.to_f64() as f32).to_int_unchecked::<i32>() };
-                *byte = x as i8;
-                sum += x;
-            }
-            q[..x.len()].copy_from_slice(&bytes[..x.len()]);
+        for (bytes, x) in bytes.iter_mut().zip(blocks) {
+            sum += round(s, bytes, x, factor);
+        }
+        if !rest.is_empty() {
+            let (mut x, mut bytes) = ([T::ZERO; BLOCK], [0; BLOCK]);
+            x[..rest.len()].copy_from_slice(rest);
+            sum += round(s, &mut bytes, &x, factor);
+            bytes_of_rest.copy_from_slice(&bytes[..rest.len()]);
         }
         ((largest / T::from_f64(LARGEST)).to_f64() as f32, sum)
     }
+}
+
+/// x · factor to bytes, to the nearest integers; gives their sum.
+#[inline(always)]
+fn round<T: Float, S: Simd<T>>(s: S, bytes: &mut [i8; BLOCK], x: &[T; BLOCK], factor: S::V) -> i32 {
+    let (mut rounded, mut sum) = ([T::ZERO; BLOCK], 0);
+    for (rounded, x) in rounded.chunks_exact_mut(S::LANES).zip(x.chunks_exact(S::LANES)) {
+        s.store(s.round(s.mul(s.load(x), factor)), rounded);
+    }
+    for (byte, &x) in bytes.iter_mut().zip(&rounded) {
+        // SAFETY: finite, and at most 127 (1 + 2⁻²²) before it was rounded.
+        let x = unsafe { (x.to_f64() as f32).to_int_unchecked::<i32>() };
+        *byte = x as i8;
+        sum += x;
+    }
+    sum
 }
 
 /// Every row of x (R, K) to bytes, rows of q being `stride` ≥ K apart with zeros behind; its scale, and the sum of its bytes.
