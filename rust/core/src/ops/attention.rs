@@ -117,10 +117,15 @@ pub fn attention<T: Float>(
             (None, Some(cache))
         }
     };
+    let asked = tape.attention_mut().is_some();
+    let mut sequences = sequences(rows, &keys_values)?;
+    if cache.is_some() && !masks.causal && masks.keep.is_none() && masks.bias.is_none() && !asked {
+        together(&mut sequences);
+    }
     let call = Call {
         q,
         keys,
-        sequences: sequences(rows, &keys_values)?,
+        sequences,
         heads,
         causal: masks.causal,
         keep: masks.keep.cloned(),
@@ -128,7 +133,7 @@ pub fn attention<T: Float>(
         dropout: masks.dropout.and_then(|(site, p)| tape.dropout(site, p)),
     };
 
-    let (wanted, asked) = (tape.wants_any(&vars), tape.attention_mut().is_some());
+    let wanted = tape.wants_any(&vars);
     let _timed = profile::forward(call.name(), [n_heads, head_dim], || call.work::<T>(2, 0));
     let mut y = tape.pool.tensor(rows.total(), n_heads * head_dim)?;
     let mut lse = if wanted || asked { Some(tape.pool.tensor(rows.total(), n_heads)?) } else { None };
@@ -270,6 +275,16 @@ fn sequences<T>(rows: &Rows, keys_values: &KeysValues<'_, T>) -> Result<Vec<Sequ
         Sequence { query: rows.range(i).start, queries: rows.length(i), key, keys, shift }
     };
     Ok((0..n).map(one).collect())
+}
+
+/// Makes one of neighbours that read the same slot, as the beams of a source do: its keys and values are then read once.
+/// Where every query sees every key, no query knows which sequence it belongs to.
+fn together(sequences: &mut Vec<Sequence>) {
+    sequences.dedup_by(|next, all| {
+        let same = (next.key, next.keys, next.query) == (all.key, all.keys, all.query + all.queries);
+        all.queries += if same { next.queries } else { 0 };
+        same
+    });
 }
 
 /// An array of shape (B, H, L, M) that covers batches of these `sizes`.

@@ -12,6 +12,8 @@ use std::sync::{Mutex, PoisonError};
 const CHUNK: usize = 576;
 /// Multiply-adds of a task that is worth handing out.
 const GRAIN: usize = 1 << 19;
+/// Pairs that take as long as an item without any: the step of a decoding has items of one query.
+const ITEM: usize = 128;
 /// Multiply-adds per product of a task that is long enough: some 15 ms of the five products of the backward pass.
 pub(super) const LONG: usize = 1 << 27;
 /// Items per thread aimed at, so that all have work to the end.
@@ -115,7 +117,7 @@ impl<T: Float> Inputs<'_, T> {
                     filled = 0;
                 }
             }
-            filled += item.pairs(self);
+            filled += ITEM + item.pairs(self);
         }
         each_task(tasks.len(), scratch, |task, scratch| {
             items[tasks[task].clone()].iter().for_each(|item| work(item, scratch));
