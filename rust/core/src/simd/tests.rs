@@ -397,6 +397,10 @@ fn buffers_are_aligned_and_refuse_politely() {
         assert!(buffer.iter().all(|x| *x == 1.0));
         assert_eq!(Buffer::<f64>::zeroed(len).unwrap().as_ptr() as usize % 64, 0);
     }
+    // Two huge pages.
+    let mut buffer = Buffer::<f32>::zeroed(1 << 20).unwrap();
+    assert!(buffer.as_ptr() as usize % (2 << 20) == 0 && buffer.len() == 1 << 20 && buffer.iter().all(|x| *x == 0.0));
+    buffer.fill(1.0);
     assert!(Buffer::<f32>::default().is_empty());
     for len in [usize::MAX, usize::MAX / 4, 1 << 60] {
         let error = Buffer::<f32>::zeroed(len).unwrap_err();
