@@ -256,6 +256,8 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
                         c: out.data.wrapping_add(rows.start * out.row_stride + cols.start),
                         c_row: out.row_stride,
                         accumulate: beta == Beta::Add || ks.start > 0,
+                        ahead: b_from,
+                        ahead_k: 0,
                     });
                     let grid = Grid::new(rows.len(), cols.len(), ks.len(), workers, (tile_rows, tile_cols));
                     let last = ks.end == units && E::ACTIVE;
@@ -422,11 +424,16 @@ kernel! {
         // With one tile of rows a panel is read once only: no need to keep it in the L1 cache.
         let step = if rows.len() <= tile_rows { slab.k } else { KC };
         let at_once = tile::panels_at_once(rows.len());
+        // A panel comes from memory while the one before it is multiplied, each tile of rows asking for its share; the first one,
+        // and every one that is read once only, just ahead of its use.
+        let share = tile_cols.div_ceil(rows.len().div_ceil(tile_rows));
         for ks in blocks(slab.k, step) {
             let mut col = cols.start;
             while col < cols.end {
                 let left = cols.end - col;
                 let panels = if left >= at_once * tile_cols { at_once } else { 1 };
+                let b = slab.b.wrapping_add(col / tile_cols * slab.b_panel + ks.start * slab.b_k);
+                let mut next = b.wrapping_add(slab.b_panel);
                 let mut row = rows.start;
                 while row < rows.end {
                     let left_rows = rows.end - row;
@@ -435,18 +442,28 @@ kernel! {
                     } else {
                         left_rows.min(tile_rows)
                     };
+                    let (ahead, ahead_k) = if row == rows.start && (col == cols.start || share == tile_cols) {
+                        (b.wrapping_add(tile::AHEAD * slab.b_k), slab.b_k)
+                    } else if slab.b_k == tile_cols && left > tile_cols {
+                        (next, share)
+                    } else {
+                        (b, 0)
+                    };
+                    next = next.wrapping_add(share * ks.len());
                     let o = Operands {
                         k: ks.len(),
                         a: slab.a.wrapping_add(
                             row / tile_rows * slab.a_panel + row % tile_rows * slab.a_row + ks.start * slab.a_k,
                         ),
-                        b: slab.b.wrapping_add(col / tile_cols * slab.b_panel + ks.start * slab.b_k),
+                        b,
                         c: slab.c.wrapping_add(row * slab.c_row + col),
                         accumulate: slab.accumulate || ks.start > 0,
+                        ahead,
+                        ahead_k,
                         ..slab
                     };
-                    let next = if count < left_rows { (row + count, col) } else { (rows.start, col + panels * tile_cols) };
-                    tile::prefetch_c(s, slab.c.wrapping_add(next.0 * slab.c_row + next.1), slab.c_row);
+                    let after = if count < left_rows { (row + count, col) } else { (rows.start, col + panels * tile_cols) };
+                    tile::prefetch_c(s, slab.c.wrapping_add(after.0 * slab.c_row + after.1), slab.c_row);
                     // SAFETY: `product` checked that the views hold these rows, columns and steps; this task alone
                     // has these elements of C.
                     unsafe {
