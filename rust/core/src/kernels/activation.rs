@@ -47,26 +47,18 @@ impl Curve for Relu {
 #[derive(Clone, Copy, Debug)]
 pub struct Gelu;
 
-impl Gelu {
-    /// Φ(x) = (1 + erf(x / √2)) / 2
-    #[inline(always)]
-    fn phi<T: Float, S: Simd<T>>(s: S, x: S::V) -> S::V {
-        let half = s.splat(T::from_f64(0.5));
-        let erf = math::erf(s, s.mul(x, s.splat(T::from_f64(std::f64::consts::FRAC_1_SQRT_2))));
-        s.mul_add(erf, half, half)
-    }
-}
-
 impl Curve for Gelu {
     #[inline(always)]
     fn value<T: Float, S: Simd<T>>(s: S, x: S::V) -> S::V {
-        s.mul(x, Self::phi(s, x))
+        // With Q(a) = 1 − Φ(a):  x Φ(x) = max(x, 0) − |x| Q(|x|)
+        let a = s.abs(x);
+        let bounded = s.min(s.splat(T::MAX), a); // ∞ · 0 would be NaN
+        s.neg_mul_add(bounded, math::normal_tail(s, a), s.max(s.zero(), x))
     }
     #[inline(always)]
     fn slope<T: Float, S: Simd<T>>(s: S, x: S::V) -> S::V {
-        // (x Φ)' = Φ + x e^(−x²/2) / √2π
-        let density = math::exp(s, s.mul(s.mul(x, x), s.splat(T::from_f64(-0.5))));
-        s.mul_add(s.mul(x, s.splat(T::from_f64(0.398_942_280_401_432_7))), density, Self::phi(s, x))
+        let tail = math::normal_tail_slope(s, s.abs(x));
+        s.select(s.lt(x, s.zero()), tail, s.sub(s.splat(T::ONE), tail))
     }
     fn reference(x: f64) -> f64 {
         x * 0.5 * (1.0 + libm::erf(x / std::f64::consts::SQRT_2))
@@ -81,32 +73,35 @@ const SQRT_2_OVER_PI: f64 = 0.797_884_560_802_865_4;
 const CUBIC: f64 = 0.044_715;
 
 impl GeluTanh {
+    /// (1 + tanh |u|) / 2 and (1 − tanh |u|) / 2, each with all its digits.
     #[inline(always)]
-    fn tanh<T: Float, S: Simd<T>>(s: S, x: S::V) -> S::V {
-        let cubic =
-            s.mul_add(s.mul(x, x), s.splat(T::from_f64(SQRT_2_OVER_PI * CUBIC)), s.splat(T::from_f64(SQRT_2_OVER_PI)));
-        math::tanh(s, s.mul(x, cubic))
+    fn shares<T: Float, S: Simd<T>>(s: S, x: S::V) -> (S::V, S::V) {
+        // tanh u = (1 − e^(−2u)) / (1 + e^(−2u))
+        let (linear, cubic) =
+            (s.splat(T::from_f64(-2.0 * SQRT_2_OVER_PI)), s.splat(T::from_f64(-2.0 * SQRT_2_OVER_PI * CUBIC)));
+        let e = math::exp(s, s.mul(s.abs(x), s.mul_add(s.mul(x, x), cubic, linear)));
+        let high = s.div(s.splat(T::ONE), s.add(s.splat(T::ONE), e));
+        (high, s.mul(e, high))
     }
 }
 
 impl Curve for GeluTanh {
     #[inline(always)]
     fn value<T: Float, S: Simd<T>>(s: S, x: S::V) -> S::V {
-        let half = s.mul(x, s.splat(T::from_f64(0.5)));
-        s.mul_add(half, Self::tanh(s, x), half)
+        let (_, low) = Self::shares(s, x);
+        let bounded = s.min(s.splat(T::MAX), s.abs(x)); // ∞ · 0 would be NaN
+        s.neg_mul_add(bounded, low, s.max(s.zero(), x))
     }
     #[inline(always)]
     fn slope<T: Float, S: Simd<T>>(s: S, x: S::V) -> S::V {
-        // t = tanh u:  (1 + t) / 2 + x / 2 · (1 − t²) · u'
-        let (one, half) = (s.splat(T::ONE), s.splat(T::from_f64(0.5)));
-        let t = Self::tanh(s, x);
+        // (1 + tanh u) / 2 + x · (1 − tanh² u) / 2 · u'
+        let (high, low) = Self::shares(s, x);
         let du = s.mul_add(
             s.mul(x, x),
-            s.splat(T::from_f64(3.0 * SQRT_2_OVER_PI * CUBIC)),
-            s.splat(T::from_f64(SQRT_2_OVER_PI)),
+            s.splat(T::from_f64(6.0 * SQRT_2_OVER_PI * CUBIC)),
+            s.splat(T::from_f64(2.0 * SQRT_2_OVER_PI)),
         );
-        let sech2 = s.neg_mul_add(t, t, one);
-        s.mul(half, s.mul_add(s.mul(x, sech2), du, s.add(one, t)))
+        s.mul_add(s.mul(x, s.mul(high, low)), du, s.select(s.lt(x, s.zero()), low, high))
     }
     fn reference(x: f64) -> f64 {
         0.5 * x * (1.0 + libm::tanh(SQRT_2_OVER_PI * (x + CUBIC * x * x * x)))
