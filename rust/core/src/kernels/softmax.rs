@@ -3,7 +3,7 @@
 //! A row is read in blocks of [`BLOCK`] columns counted from column 0. The loss in training, `score` and decoding all use
 //! [`log_sum_exp`], so that a token's log-probability has the same bits everywhere.
 
-use super::lanes::{largest, map, sums};
+use super::lanes::{largest, map, sums, sweep};
 use super::task_len;
 use crate::error::Result;
 use crate::kernel;
@@ -38,20 +38,38 @@ impl<T: Float> LogSumExp<T> {
     /// Takes in the next block of the row; returns the block's largest number.
     #[inline(always)]
     pub(super) fn add<S: Simd<T>>(&mut self, s: S, block: &[T]) -> T {
-        let before = self.max;
         let highest = largest(s, block);
-        self.max = if highest > before { highest } else { before };
-        // Nothing but −∞ so far: any finite shift keeps the sum 0.
-        let shift = if self.max == T::NEG_INFINITY { T::ZERO } else { self.max };
-        let at = s.splat(shift);
-        let [sum] = sums(
-            s,
-            [block],
+        self.raise(
+            highest,
             #[inline(always)]
-            |[x]| [math::exp(s, s.sub(x, at))],
+            |at| sums(s, [block], power(s, at)),
         );
-        self.sum = if before == self.max { self.sum + sum } else { self.sum * (before - shift).exp() + sum };
         highest
+    }
+
+    /// Raises the maximum to `highest`, that of a block, and adds the first of the block's sums. They are made from what
+    /// the block's exponents are relative to.
+    #[inline(always)]
+    fn raise<const Q: usize>(&mut self, highest: T, sums: impl FnOnce(T) -> [T; Q]) -> [T; Q] {
+        let before = self.max;
+        self.max = if highest > before { highest } else { before };
+        let shift = self.shift();
+        let sums = sums(shift);
+        self.sum = if before == self.max { self.sum + sums[0] } else { self.sum * (before - shift).exp() + sums[0] };
+        sums
+    }
+
+    /// What exponents are relative to. Nothing but −∞ so far: any finite shift keeps the sum 0.
+    #[inline(always)]
+    fn shift(&self) -> T {
+        if self.max == T::NEG_INFINITY { T::ZERO } else { self.max }
+    }
+
+    /// What makes a probability of e^(x − max), where `max` was the largest number up to that block.
+    #[inline(always)]
+    fn factor(&self, max: T) -> T {
+        let rise = if max == self.max { T::ONE } else { (max - self.max).exp() };
+        rise / self.sum
     }
 
     /// All blocks are in.
@@ -67,14 +85,14 @@ impl<T: Float> LogSumExp<T> {
         }
         lse.finish()
     }
+}
 
-    /// softmax = e^(x − max) / sum, element by element.
+/// e^(x − at)
+#[inline(always)]
+fn power<T: Float, S: Simd<T>>(s: S, at: T) -> impl Fn([S::V; 1]) -> [S::V; 1] {
+    let at = s.splat(at);
     #[inline(always)]
-    fn probability<S: Simd<T>>(self, s: S) -> impl Fn(S::V) -> S::V {
-        let (max, inverse) = (s.splat(self.max), s.splat(T::ONE / self.sum));
-        #[inline(always)]
-        move |x| s.mul(math::exp(s, s.sub(x, max)), inverse)
-    }
+    move |[x]| [math::exp(s, s.sub(x, at))]
 }
 
 kernel! {
@@ -88,9 +106,21 @@ kernel! {
 pub fn softmax_forward<T: Float>(y: &mut [T], x: &[T], cols: usize) -> Result<()> {
     kernel! {
         fn rows<'a, T>(s: S; y: &'a mut [T], x: &'a [T], cols: usize) {
+            let mut maxima = Vec::new();
             for (y, x) in y.chunks_mut(cols).zip(x.chunks(cols)) {
-                let probability = LogSumExp::of(s, x).probability(s);
-                map(s, [y], [x], #[inline(always)] |_, [x]| [probability(x)]);
+                let mut lse = LogSumExp::empty();
+                maxima.clear();
+                for (y, x) in y.chunks_mut(BLOCK).zip(x.chunks(BLOCK)) {
+                    lse.raise(largest(s, x), #[inline(always)] |at| {
+                        let power = power(s, at);
+                        sweep(s, [y], [x], #[inline(always)] |_, _, x| (power(x), power(x)))
+                    });
+                    maxima.push(lse.max);
+                }
+                for (y, &max) in y.chunks_mut(BLOCK).zip(&maxima) {
+                    let factor = s.splat(lse.factor(max));
+                    map(s, [y], [], #[inline(always)] |[y], []| [s.mul(y, factor)]);
+                }
             }
         }
     }
@@ -137,22 +167,45 @@ pub fn cross_entropy_rows<T: Float>(
     dloss: Option<T>,
 ) -> Result<()> {
     kernel! {
-        fn row<'a, T>(s: S; logits: &'a mut [T], target: usize, smoothing: f64, dloss: Option<T>) -> RowLoss {
-            let v = logits.len() as f64;
-            let lse = LogSumExp::of(s, logits);
-            let nll = -lse.log_probability(logits[target]).to_f64();
+        // `maxima` is room for one number per block.
+        fn row<'a, T>(
+            s: S; logits: &'a mut [T], maxima: &'a mut Vec<T>, target: usize, smoothing: f64, dloss: Option<T>,
+        ) -> RowLoss {
+            let (v, of_target) = (logits.len() as f64, logits[target]);
+            // Σ (x − max) over the numbers seen so far.
+            let (mut lse, mut below, mut seen) = (LogSumExp::<T>::empty(), 0.0, 0.0);
+            maxima.clear();
+            for block in logits.chunks_mut(BLOCK) {
+                let (before, n) = (lse.shift().to_f64(), block.len() as f64);
+                let [_, here] = lse.raise(largest(s, block), #[inline(always)] |at| {
+                    let (power, at) = (power(s, at), s.splat(at));
+                    if dloss.is_some() {
+                        sweep(s, [block], [], #[inline(always)] |_, [x], []| {
+                            let [e] = power([x]);
+                            ([e], [e, s.sub(x, at)])
+                        })
+                    } else {
+                        sums(s, [block], #[inline(always)] |[x]| [power([x])[0], s.sub(x, at)])
+                    }
+                });
+                below += seen * (before - lse.shift().to_f64()) + here.to_f64();
+                seen += n;
+                maxima.push(lse.max);
+            }
+            let lse = lse.finish();
+            let nll = -lse.log_probability(of_target).to_f64();
             let mut smoothed = nll;
             if smoothing > 0.0 {
                 // Σ −log p = V · log − Σ (x − max)
-                let max = s.splat(lse.max);
-                let [sum] = sums(s, [&*logits], #[inline(always)] |[x]| [s.sub(x, max)]);
-                let uniform = lse.log.to_f64() - sum.to_f64() / v;
+                let uniform = lse.log.to_f64() - below / v;
                 smoothed = (1.0 - smoothing) * nll + smoothing * uniform;
             }
             if let Some(dloss) = dloss {
-                let probability = lse.probability(s);
-                let (scale, share) = (s.splat(dloss), s.splat(dloss * T::from_f64(smoothing / v)));
-                map(s, [&mut *logits], [], #[inline(always)] |[x], []| [s.sub(s.mul(scale, probability(x)), share)]);
+                let share = s.splat(-dloss * T::from_f64(smoothing / v));
+                for (block, &max) in logits.chunks_mut(BLOCK).zip(&*maxima) {
+                    let factor = s.splat(dloss * lse.factor(max));
+                    map(s, [block], [], #[inline(always)] |[e], []| [s.mul_add(e, factor, share)]);
+                }
                 logits[target] -= dloss * T::from_f64(1.0 - smoothing);
             }
             RowLoss { smoothed, nll }
@@ -162,9 +215,10 @@ pub fn cross_entropy_rows<T: Float>(
     let rows = n / cols.max(1);
     let tasks = losses.chunks_mut(rows).zip(logits.chunks_mut(n)).zip(targets.chunks(rows));
     for_each(tasks, |((losses, logits), targets)| {
+        let mut maxima = Vec::new();
         for ((loss, logits), &target) in losses.iter_mut().zip(logits.chunks_mut(cols)).zip(targets) {
             if target != IGNORE {
-                *loss = row(logits, target as usize, smoothing, dloss);
+                *loss = row(logits, &mut maxima, target as usize, smoothing, dloss);
             } else {
                 *loss = RowLoss::default();
                 if dloss.is_some() {
