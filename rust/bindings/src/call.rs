@@ -286,7 +286,7 @@ impl<T: Real> Walk for Recorded<T> {
     fn walk<'py>(mut self: Box<Self>, py: Python<'py>, dy: Floats<'py>) -> PyResult<Gradients<'py>> {
         let mut dy = dy.read(|dy| self.form.pack(dy, &mut self.tape.pool).map_err(raise))?;
         let walked = door::run(py, move || {
-            dy.iter_mut().for_each(|dy| *dy *= self.scale);
+            dy.iter_mut().filter(|_| self.scale != T::ONE).for_each(|dy| *dy *= self.scale);
             let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
             if weights.version(self.training) != self.version {
                 return Ok(None);

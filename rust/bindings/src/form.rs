@@ -114,17 +114,13 @@ impl Form {
             }
             Form::Heads { shape: [b, h, l, k], rows: sequences } => {
                 let mut values = zeros(b * h * l * k)?;
-                for i in 0..sequences.sequences() {
-                    for head in 0..*h {
-                        for (t, row) in sequences.range(i).enumerate() {
-                            let at = ((i * h + head) * l + t) * k;
-                            let part = tensor.row(row).get(head * k..(head + 1) * k);
-                            if let (Some(to), Some(part)) = (values.get_mut(at..at + k), part) {
-                                to.copy_from_slice(part);
-                            }
-                        }
+                let heads = values.chunks_exact_mut((l * k).max(1)).enumerate();
+                threads::for_each(heads, |(i, values)| {
+                    let (sequence, first) = (i / h, i % h * k);
+                    for (to, row) in values.chunks_exact_mut((*k).max(1)).zip(sequences.range(sequence)) {
+                        to.copy_from_slice(tensor.row(row).get(first..first + k).unwrap_or_default());
                     }
-                }
+                })?;
                 values
             }
         })

@@ -17,6 +17,11 @@ pub mod trainer;
 pub mod transformer;
 
 use pyo3::prelude::*;
+use transformer_core::simd::Keeping;
+
+/// The memory of arrays that Python has dropped is used again.
+#[global_allocator]
+static ALLOCATOR: Keeping = Keeping;
 
 /// The compiled part of `transformer_rs`.
 #[pymodule(gil_used = true)]

@@ -32,6 +32,7 @@ mod buffer;
 pub mod bytes;
 mod dispatch;
 mod float;
+mod keeping;
 pub mod math;
 mod portable;
 
@@ -48,6 +49,7 @@ mod tests;
 pub use buffer::{Buffer, zeros};
 pub use dispatch::{Features, Isa, features, isa, l1_ways};
 pub use float::Float;
+pub use keeping::Keeping;
 pub use portable::Portable;
 
 /// A computation that runs with whatever token it is given.
