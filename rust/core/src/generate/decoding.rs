@@ -104,10 +104,10 @@ impl Decoding {
         // What is drawn begins as copies of one beginning.
         let roots: Vec<usize> = beams.iter().enumerate().flat_map(|(i, beam)| vec![i; beam.alive()]).collect();
         if roots.len() > beams.len() {
-            state.reorder(&roots)?;
+            state.reorder(&roots);
         }
         match &mut self.state {
-            Some(all) => all.join(state)?,
+            Some(all) => all.join(state),
             None => self.state = Some(state),
         }
         self.beams.extend(beams);
@@ -139,7 +139,7 @@ impl Decoding {
         drop(search);
         let (done, live) = beams.into_iter().partition::<Vec<_>, _>(|beam| beam.alive() == 0);
         if let Some(mut state) = state.filter(|_| !live.is_empty()) {
-            profile::part("reorder", [0, 0], || Work::of_parts(parents.len())).run(|| state.reorder(&parents))?;
+            profile::part("reorder", [0, 0], || Work::of_parts(parents.len())).run(|| state.reorder(&parents));
             (self.state, self.beams) = (Some(state), live);
         }
         Ok(done.into_iter().map(|beam| (beam.plan.source, beam.into_best())).collect())

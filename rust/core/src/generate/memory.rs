@@ -4,6 +4,7 @@ use super::options::{GenerateOptions, Plan};
 use crate::ensure;
 use crate::error::Result;
 use crate::models::Transformer;
+use crate::ops::Page;
 
 /// Hypotheses that are decoded side by side: more would be no faster, and their logits fill the memory.
 const ROWS: usize = 256;
@@ -27,11 +28,11 @@ impl Room {
         Room { token, width: options.width(), free: available().unwrap_or(u128::MAX) }
     }
 
-    /// What sources take when each of their hypotheses reaches `max_len`: a slot grows by doubling.
+    /// What sources take when each of their hypotheses reaches `max_len` and shares nothing, all in whole pages.
     fn bytes(&self, sources: usize, max_len: usize, ids: usize) -> u128 {
-        let slot = (max_len as u128).next_power_of_two().max(16);
-        let own = (sources as u128 * self.width as u128).saturating_mul(slot);
-        own.saturating_add(ids as u128).saturating_mul(self.token)
+        let (sources, page) = (sources as u128, Page::KEYS as u128);
+        let own = (sources * self.width as u128).saturating_mul((max_len as u128).div_ceil(page) * page);
+        own.saturating_add(ids as u128 + sources * page).saturating_mul(self.token)
     }
 
     /// Refuses a source that the machine cannot serve.

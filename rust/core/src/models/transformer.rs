@@ -68,15 +68,15 @@ pub struct DecoderState<T> {
 
 impl<T: Float> DecoderState<T> {
     /// Sequence `i` goes on from what was sequence `parents[i]`; the others are dropped.
-    pub fn reorder(&mut self, parents: &[usize]) -> Result<()> {
+    pub fn reorder(&mut self, parents: &[usize]) {
         self.positions = parents.iter().map(|&p| self.positions[p]).collect();
-        self.layers.iter_mut().try_for_each(|layer| layer.reorder(parents))
+        self.layers.iter_mut().for_each(|layer| layer.reorder(parents));
     }
 
     /// Puts the sequences of another decoding by the same model behind these.
-    pub fn join(&mut self, other: Self) -> Result<()> {
+    pub fn join(&mut self, other: Self) {
         self.positions.extend(other.positions);
-        self.layers.iter_mut().zip(other.layers).try_for_each(|(layer, other)| layer.join(other))
+        self.layers.iter_mut().zip(other.layers).for_each(|(layer, other)| layer.join(other));
     }
 }
 

@@ -2,21 +2,26 @@
 
 use crate::ensure;
 use crate::error::Result;
-use crate::ops::{Cache, KeysValues, Slot};
+use crate::ops::{Cache, KeysValues, Page};
 use crate::profile::{self, Work};
 use crate::rows::Rows;
 use crate::simd::{Buffer, Float};
 use crate::threads::for_each;
-use std::collections::{HashMap, HashSet};
+use std::mem::take;
 
-/// The keys and values of every sequence of a batch. A sequence has a slot with room for some keys; appending grows it in
-/// place, and only beams that part from their parent are copied. Sequences that no longer grow may share a slot.
+/// The keys and values of every sequence of a batch, in pages of a few keys. Sequences with the same beginning share its
+/// pages, as beams do: one that grows copies the page it writes to if another has it too, and no more.
 #[derive(Debug)]
 pub struct KeyValueCache<T> {
-    keys: Buffer<T>,
-    values: Buffer<T>,
-    slot: Slot,
-    /// The slot of each sequence.
+    page: Page,
+    pages: Vec<Buffer<T>>,
+    /// In how many tables each page stands.
+    readers: Vec<usize>,
+    /// Pages in no table.
+    free: Vec<usize>,
+    /// The pages of each slot, in the order of its keys.
+    tables: Vec<Vec<usize>>,
+    /// The slot of each sequence: its own, unless it no longer grows.
     slots: Vec<usize>,
     lengths: Vec<usize>,
     /// No value was ever infinite or NaN.
@@ -27,9 +32,11 @@ impl<T: Float> KeyValueCache<T> {
     /// Empty caches for `sequences` sequences with this many heads of this width. Nothing is allocated before they grow.
     pub fn new(sequences: usize, n_kv_heads: usize, head_dim: usize) -> Self {
         KeyValueCache {
-            keys: Buffer::default(),
-            values: Buffer::default(),
-            slot: Slot::new::<T>(n_kv_heads, head_dim, Slot::LEAST),
+            page: Page::new::<T>(n_kv_heads, head_dim),
+            pages: Vec::new(),
+            readers: Vec::new(),
+            free: Vec::new(),
+            tables: vec![Vec::new(); sequences],
             slots: (0..sequences).collect(),
             lengths: vec![0; sequences],
             finite: true,
@@ -56,149 +63,174 @@ impl<T: Float> KeyValueCache<T> {
             self.sequences(),
             rows.sequences()
         );
-        let longest = (0..self.sequences()).map(|i| self.lengths[i] + rows.length(i)).max().unwrap_or(0);
-        let width = self.slot.key_width();
+        let (page, width) = (self.page, self.page.key_width());
         let _timed = profile::span("key/value cache", [width, 0], || Work::passes::<T>(4, rows.total(), width));
-        if longest == 0 {
-            return Ok(()); // before anything is allocated
-        }
-        if longest > self.slot.capacity || self.allocated() == 0 {
-            self.lay_out(self.sequences(), longest.max(self.slot.capacity))?;
-        }
-        let slot = self.slot;
-        let mut sequence = vec![None; self.allocated()];
-        self.slots.iter().enumerate().for_each(|(i, &slot)| sequence[slot] = Some(i));
-        let mut finite = vec![true; sequence.len()];
-        let (keys, values) = (self.keys.chunks_mut(slot.keys_len()), self.values.chunks_mut(slot.values_len()));
-        let lengths = &self.lengths;
-        for_each(keys.zip(values).zip(sequence.iter().zip(&mut finite)), |((keys, values), (&sequence, finite))| {
-            let Some(i) = sequence else { return };
-            for (at, row) in (lengths[i]..).zip(rows.range(i)) {
-                let from = &kv[row * stride..];
-                *finite &= slot.put(keys, values, at, &from[k_start..][..width], &from[v_start..][..width]);
+        self.part(rows)?;
+        // What is written, page by page: the page, where in it the rows go, and the rows.
+        let mut written = Vec::with_capacity(self.sequences());
+        for (i, &slot) in self.slots.iter().enumerate() {
+            let (rows, mut at) = (rows.range(i), self.lengths[i]);
+            let mut row = rows.start;
+            while row < rows.end {
+                let end = rows.end.min(row + Page::KEYS - at % Page::KEYS);
+                let number = self.tables[slot][at / Page::KEYS];
+                written.push((number, take(&mut self.pages[number]), at % Page::KEYS, row..end, Ok(true)));
+                (row, at) = (end, at + end - row);
             }
-        })?;
-        self.finite &= !finite.contains(&false);
-        (0..self.sequences()).for_each(|i| self.lengths[i] += rows.length(i));
-        Ok(())
+            self.lengths[i] = at;
+        }
+        let mut done = for_each(written.iter_mut(), |(_, to, at, rows, finite)| {
+            *finite = ready(to, page).map(|to| {
+                let put = |(at, row): (usize, usize)| {
+                    let from = &kv[row * stride..];
+                    page.put(to, at, &from[k_start..][..width], &from[v_start..][..width])
+                };
+                (*at..).zip(rows.clone()).map(put).fold(true, |all, one| all & one)
+            });
+        });
+        for (number, page, .., finite) in written {
+            self.pages[number] = page;
+            match finite {
+                Ok(finite) => self.finite &= finite,
+                Err(error) => done = Err(error),
+            }
+        }
+        done
     }
 
-    /// Sequence `i` goes on from what was sequence `parents[i]`; sequences that no one continues are dropped. The first
-    /// child takes over its parent's slot, later ones get a copy in a slot that fell free.
-    pub fn reorder(&mut self, parents: &[usize]) -> Result<()> {
-        self.share(parents);
-        if self.allocated() == 0 {
-            // Nothing to copy yet: places of their own are enough.
-            self.slots = (0..parents.len()).collect();
-            return Ok(());
-        }
-        if self.allocated() < parents.len() {
-            self.lay_out(parents.len(), self.slot.capacity)?;
-        }
-        let mut taken = vec![false; self.allocated()];
-        let later: Vec<usize> =
-            (0..self.sequences()).filter(|&i| std::mem::replace(&mut taken[self.slots[i]], true)).collect();
-        let mut free = (0..self.allocated()).filter(|&slot| !taken[slot]);
-        let slot = self.slot;
-        let mut to: HashMap<usize, usize> = HashMap::new();
-        for i in later {
-            let new = free.next().expect("there are as many slots as sequences");
-            to.insert(new, i);
-        }
-        // Slots are read by many and written by one.
-        let (mut read, mut written) = (vec![None; taken.len()], Vec::with_capacity(to.len()));
-        let (keys, values) = (self.keys.chunks_mut(slot.keys_len()), self.values.chunks_mut(slot.values_len()));
-        for (number, (keys, values)) in keys.zip(values).enumerate() {
-            match to.get(&number) {
-                Some(&i) => written.push((i, number, keys, values)),
-                None => read[number] = Some((&*keys, &*values)),
+    /// Gives every sequence that grows the pages for it: new ones, and a copy of the one that others go on from as well.
+    fn part(&mut self, rows: &Rows) -> Result<()> {
+        let mut copies = Vec::new();
+        for i in (0..self.sequences()).filter(|&i| rows.length(i) > 0) {
+            let (slot, length) = (self.slots[i], self.lengths[i]);
+            if let Some(&shared) = self.tables[slot].get(length / Page::KEYS)
+                && self.readers[shared] > 1
+            {
+                let number = self.claim();
+                self.readers[shared] -= 1;
+                self.tables[slot][length / Page::KEYS] = number;
+                copies.push((number, shared, length % Page::KEYS));
+            }
+            while self.tables[slot].len() * Page::KEYS < length + rows.length(i) {
+                let number = self.claim();
+                self.tables[slot].push(number);
             }
         }
-        let (slots, lengths) = (&self.slots, &self.lengths);
-        for_each(written.iter_mut(), |(i, _, keys, values)| {
-            if let Some(from) = read[slots[*i]] {
-                slot.copy((keys, values), &slot, from, lengths[*i]);
-            }
-        })?;
-        let moved: Vec<_> = written.iter().map(|&(i, number, ..)| (i, number)).collect();
-        moved.into_iter().for_each(|(i, number)| self.slots[i] = number);
-        Ok(())
+        // No page is both: what is read stays with a sequence that was there before.
+        let mut to: Vec<_> = copies.iter().map(|&(number, ..)| (take(&mut self.pages[number]), Ok(()))).collect();
+        let (page, pages) = (self.page, &self.pages);
+        let mut done = for_each(to.iter_mut().zip(&copies), |((to, copied), &(_, from, n))| {
+            *copied = ready(to, page).map(|to| page.copy(to, &pages[from], n));
+        });
+        for ((page, copied), &(number, ..)) in to.into_iter().zip(&copies) {
+            self.pages[number] = page;
+            done = done.and(copied);
+        }
+        done
     }
 
-    /// Puts the sequences of another cache, each with a slot of its own, behind these.
-    pub fn join(&mut self, other: Self) -> Result<()> {
-        if self.slots.is_empty() {
-            *self = other;
-            return Ok(());
-        }
-        let longest = other.lengths.iter().copied().max().unwrap_or(0);
-        let needed = self.slots.iter().collect::<HashSet<_>>().len() + other.sequences();
-        if self.allocated() < needed || longest > self.slot.capacity {
-            self.lay_out(needed, longest.max(self.slot.capacity))?;
-        }
-        self.finite &= other.finite;
-        let mut used = vec![false; self.allocated()];
-        self.slots.iter().for_each(|&slot| used[slot] = true);
-        let free = (0..used.len()).filter(|&slot| !used[slot]);
-        for (i, number) in (0..other.sequences()).zip(free) {
-            if other.lengths[i] > 0 {
-                let (slot, from) = (self.slot, other.memory(other.slots[i]));
-                slot.copy(slot.of_mut(&mut self.keys, &mut self.values, number), &other.slot, from, other.lengths[i]);
-            }
-            self.slots.push(number);
-            self.lengths.push(other.lengths[i]);
-        }
-        Ok(())
+    /// A page for one table; whoever writes to it first sees to its memory.
+    fn claim(&mut self) -> usize {
+        let number = self.free.pop().unwrap_or_else(|| {
+            self.pages.push(Buffer::default());
+            self.readers.push(0);
+            self.pages.len() - 1
+        });
+        self.readers[number] = 1;
+        number
     }
 
-    /// Sequence `i` reads what was sequence `parents[i]`, without a copy: for caches that no longer grow.
-    pub fn share(&mut self, parents: &[usize]) {
-        self.slots = parents.iter().map(|&p| self.slots[p]).collect();
+    /// Sequence `i` goes on from what was sequence `parents[i]`; what no one goes on from is dropped. Nothing is copied
+    /// before a sequence grows.
+    pub fn reorder(&mut self, parents: &[usize]) {
+        let tables = parents.iter().map(|&p| self.tables[self.slots[p]].clone()).collect();
         self.lengths = parents.iter().map(|&p| self.lengths[p]).collect();
+        self.slots = (0..parents.len()).collect();
+        self.set(tables);
+    }
+
+    /// Sequence `i` reads what was sequence `parents[i]`, in the same slot: for caches that no longer grow.
+    pub fn share(&mut self, parents: &[usize]) {
+        self.lengths = parents.iter().map(|&p| self.lengths[p]).collect();
+        let (mut places, mut tables) = (vec![None; self.tables.len()], Vec::new());
+        let slots = parents.iter().map(|&p| {
+            let slot = self.slots[p];
+            *places[slot].get_or_insert_with(|| {
+                tables.push(self.tables[slot].clone());
+                tables.len() - 1
+            })
+        });
+        self.slots = slots.collect();
+        self.set(tables);
+    }
+
+    /// Replaces the tables; pages that are in none of the new ones are free.
+    fn set(&mut self, tables: Vec<Vec<usize>>) {
+        tables.iter().flatten().for_each(|&number| self.readers[number] += 1);
+        for number in std::mem::replace(&mut self.tables, tables).into_iter().flatten() {
+            self.readers[number] -= 1;
+            if self.readers[number] == 0 {
+                self.free.push(number);
+            }
+        }
+    }
+
+    /// Puts the sequences of another cache behind these; its pages take the places of those that are free.
+    pub fn join(&mut self, other: Self) {
+        let mut numbers = vec![0; other.pages.len()];
+        for ((page, readers), number) in other.pages.into_iter().zip(other.readers).zip(&mut numbers) {
+            if readers == 0 {
+                continue;
+            }
+            *number = self.free.pop().unwrap_or(self.pages.len());
+            if *number == self.pages.len() {
+                self.pages.push(page);
+                self.readers.push(readers);
+            } else {
+                (self.pages[*number], self.readers[*number]) = (page, readers);
+            }
+        }
+        let slots = self.tables.len();
+        self.slots.extend(other.slots.iter().map(|slot| slots + slot));
+        let table = |table: &Vec<usize>| table.iter().map(|&number| numbers[number]).collect();
+        self.tables.extend(other.tables.iter().map(table));
+        self.lengths.extend(other.lengths);
+        self.finite &= other.finite;
     }
 
     /// What attention reads.
     pub fn view(&self) -> KeysValues<'_, T> {
-        let cache = Cache { keys: &self.keys, values: &self.values, slot: self.slot, finite: self.finite };
+        let cache = Cache { pages: &self.pages, tables: &self.tables, page: self.page, finite: self.finite };
         KeysValues::Cached { cache, slots: &self.slots, lengths: &self.lengths }
     }
+}
 
-    /// Slots that are allocated.
-    fn allocated(&self) -> usize {
-        self.keys.len() / self.slot.keys_len().max(1)
+/// The memory of a page, allocated if it is new. In the task that fills it: fresh memory costs more than what is written there.
+fn ready<T: Float>(memory: &mut Buffer<T>, page: Page) -> Result<&mut Buffer<T>> {
+    if memory.is_empty() {
+        *memory = Buffer::zeroed(page.size())?;
     }
-
-    fn memory(&self, slot: usize) -> (&[T], &[T]) {
-        self.slot.of(&self.keys, &self.values, slot)
-    }
-
-    /// Moves everything to new buffers of so many slots for so many keys. What shares a slot goes on sharing it.
-    fn lay_out(&mut self, slots: usize, keys: usize) -> Result<()> {
-        let slot = self.slot.for_keys(keys);
-        let mut new = (Buffer::zeroed(slots * slot.keys_len())?, Buffer::zeroed(slots * slot.values_len())?);
-        let mut moved = HashMap::new();
-        for i in 0..self.sequences() {
-            let (number, next) = (self.slots[i], moved.len());
-            self.slots[i] = *moved.entry(number).or_insert(next);
-            if moved.len() > next && self.lengths[i] > 0 {
-                let to = slot.of_mut(&mut new.0, &mut new.1, next);
-                slot.copy(to, &self.slot, self.memory(number), self.lengths[i]);
-            }
-        }
-        (self.keys, self.values, self.slot) = (new.0, new.1, slot);
-        Ok(())
-    }
+    Ok(memory)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// The keys of each sequence.
+    /// The keys of each sequence, one head of width 1.
     fn keys(cache: &KeyValueCache<f32>) -> Vec<Vec<f32>> {
-        (0..cache.sequences())
-            .map(|i| cache.keys[cache.slots[i] * cache.slot.keys_len()..][..cache.lengths[i]].to_vec())
-            .collect()
+        let width = cache.page.size() / (2 * Page::KEYS); // keys come first
+        let key =
+            |i: usize, at: usize| cache.pages[cache.tables[cache.slots[i]][at / Page::KEYS]][at % Page::KEYS * width];
+        (0..cache.sequences()).map(|i| (0..cache.lengths[i]).map(|at| key(i, at)).collect()).collect()
+    }
+
+    /// That every page is counted once for each table it is in, and the others are free.
+    fn check(cache: &KeyValueCache<f32>) {
+        for (number, &readers) in cache.readers.iter().enumerate() {
+            assert_eq!(cache.tables.iter().flatten().filter(|&&n| n == number).count(), readers);
+            assert_eq!(cache.free.contains(&number), readers == 0);
+        }
     }
 
     #[test]
@@ -211,10 +243,26 @@ mod tests {
             cache.append(&new, 1, 0, 0, &Rows::from_lengths(&vec![1; new.len()])).unwrap();
             plain.iter_mut().zip(&new).for_each(|(p, &x)| p.push(x));
             let parents: Vec<usize> = parents.iter().map(|&p| p.min(plain.len() - 1)).collect();
-            cache.reorder(&parents).unwrap();
+            cache.reorder(&parents);
             plain = parents.iter().map(|&p| plain[p].clone()).collect();
             assert_eq!(keys(&cache), plain, "step {step}");
+            check(&cache);
         }
+    }
+
+    #[test]
+    fn what_sequences_have_in_common_is_stored_once() {
+        let mut cache = KeyValueCache::<f32>::new(1, 1, 1);
+        let beginning: Vec<f32> = (0..40).map(|i| i as f32).collect();
+        cache.append(&beginning, 1, 0, 0, &Rows::from_lengths(&[40])).unwrap();
+        cache.reorder(&[0, 0, 0, 0]);
+        assert_eq!(cache.pages.len(), 3);
+        cache.append(&[1.0, 2.0, 3.0, 4.0], 1, 0, 0, &Rows::from_lengths(&[1, 1, 1, 1])).unwrap();
+        assert_eq!((cache.pages.len(), cache.free.len()), (6, 0)); // three of them were copied
+        cache.reorder(&[2]);
+        assert_eq!((cache.pages.len(), cache.free.len()), (6, 3));
+        assert_eq!(keys(&cache), [[beginning, vec![3.0]].concat()]);
+        check(&cache);
     }
 
     #[test]
@@ -228,21 +276,22 @@ mod tests {
         let long: Vec<f32> = (0..40).map(|i| i as f32).collect();
         let mut all = cache(&[&[1.0], &[2.0, 3.0], &[4.0]]);
         all.share(&[2, 2, 0]);
-        all.join(cache(&[&[5.0]])).unwrap(); // slot 1 is free
+        all.join(cache(&[&[5.0]])); // a page is free
         assert_eq!(keys(&all), [vec![4.0], vec![4.0], vec![1.0], vec![5.0]]);
-        assert_eq!((all.allocated(), all.slots[0]), (3, all.slots[1]));
-        all.join(cache(&[&long, &[]])).unwrap();
+        assert_eq!((all.pages.len(), all.slots[0]), (3, all.slots[1]));
+        all.join(cache(&[&long, &[]]));
         assert_eq!(keys(&all), [vec![4.0], vec![4.0], vec![1.0], vec![5.0], long, vec![]]);
-        assert_eq!((all.allocated(), all.slots[0]), (5, all.slots[1]));
+        assert_eq!((all.pages.len(), all.slots[0]), (6, all.slots[1]));
+        check(&all);
         let mut none = KeyValueCache::<f32>::new(0, 1, 1);
-        none.join(cache(&[&[6.0]])).unwrap();
-        none.join(KeyValueCache::new(2, 1, 1)).unwrap();
+        none.join(cache(&[&[6.0]]));
+        none.join(KeyValueCache::new(2, 1, 1));
         none.append(&[7.0, 8.0, 9.0], 1, 0, 0, &Rows::from_lengths(&[1, 1, 1])).unwrap();
         assert_eq!(keys(&none), [vec![6.0, 7.0], vec![8.0], vec![9.0]]);
         // Before anything is allocated.
         let mut fresh = KeyValueCache::<f32>::new(2, 1, 1);
-        fresh.reorder(&[1, 0, 0]).unwrap();
-        fresh.join(KeyValueCache::new(1, 1, 1)).unwrap();
+        fresh.reorder(&[1, 0, 0]);
+        fresh.join(KeyValueCache::new(1, 1, 1));
         fresh.append(&[1.0, 2.0, 3.0, 4.0], 1, 0, 0, &Rows::from_lengths(&[1, 1, 1, 1])).unwrap();
         assert_eq!(keys(&fresh), [vec![1.0], vec![2.0], vec![3.0], vec![4.0]]);
     }

@@ -23,19 +23,19 @@ pub struct LayerState<T> {
 
 impl<T: Float> LayerState<T> {
     /// Sequence `i` goes on from what was sequence `parents[i]`.
-    pub fn reorder(&mut self, parents: &[usize]) -> Result<()> {
+    pub fn reorder(&mut self, parents: &[usize]) {
         if let Some(memory) = &mut self.memory {
             memory.share(parents);
         }
-        self.own.reorder(parents)
+        self.own.reorder(parents);
     }
 
     /// Puts the sequences of another decoding by the same layer behind these.
-    pub fn join(&mut self, other: Self) -> Result<()> {
+    pub fn join(&mut self, other: Self) {
         if let (Some(memory), Some(other)) = (&mut self.memory, other.memory) {
-            memory.join(other)?;
+            memory.join(other);
         }
-        self.own.join(other.own)
+        self.own.join(other.own);
     }
 }
 

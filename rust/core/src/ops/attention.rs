@@ -14,7 +14,7 @@ use crate::{bail, ensure};
 use std::ops::Range;
 use std::sync::Arc;
 
-pub use crate::kernels::attention::{Cache, Heads, Slot};
+pub use crate::kernels::attention::{Cache, Heads, Page};
 
 #[cfg(test)]
 mod tests;
@@ -73,7 +73,7 @@ pub enum KeysValues<'a, T> {
     },
     /// In a cache; not for a tape that records. The first key of a sequence stands at position 0.
     Cached {
-        /// Keys and values, slot by slot.
+        /// Pages of keys and values.
         cache: Cache<'a, T>,
         /// The slot of each sequence.
         slots: &'a [usize],
@@ -221,12 +221,14 @@ impl Call {
         let (k, v) = match (self.keys, cache) {
             (Some((k, v)), _) => (operand("k", k, keys, width)?, operand("v", v, keys, width)?),
             (None, Some(cache)) => {
-                let (slots, most) = (largest(|s| s.key + 1), largest(|s| s.keys));
                 ensure!(
-                    (most == 0 || cache.has(slots, n_kv_heads, head_dim)) && most <= cache.slot.capacity,
+                    cache.is_for(n_kv_heads, head_dim),
                     Shape,
-                    "attention: the cache has no {slots} slots of {most} keys of {n_kv_heads} heads of {head_dim}"
+                    "attention: the cache is not for {n_kv_heads} heads of {head_dim}"
                 );
+                for s in self.sequences.iter().filter(|s| s.keys > 0) {
+                    ensure!(cache.has(s.key, s.keys), Shape, "attention: slot {} has no {} keys", s.key, s.keys);
+                }
                 (nothing, nothing)
             }
             (None, None) => bail!(Internal, "attention: keys are missing"),

@@ -18,7 +18,7 @@ pub mod softmax;
 pub mod token_losses;
 
 pub use activation::{Activation, Gate, activation, gated};
-pub use attention::{Bias, Cache, Columns, DenseMask, Heads, KeysValues, Masks, Slot, attention};
+pub use attention::{Bias, Cache, Columns, DenseMask, Heads, KeysValues, Masks, Page, attention};
 pub use batch_norm::{Running, batch_norm};
 pub use cross_entropy::{CrossEntropy, IGNORE, cross_entropy, linear_cross_entropy, token_logprobs};
 pub use embedding::embedding;

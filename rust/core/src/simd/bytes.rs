@@ -198,7 +198,9 @@ impl Multiplier {
 /// Sums of one panel to numbers.
 #[inline(always)]
 fn scale(out: &mut [f32], sums: &Sums, o: Operands<'_>) {
-    let Ok(w_scales) = <&[f32; PANEL]>::try_from(o.w_scales) else { unreachable!("these paths take one panel at once") };
+    let Ok(w_scales) = <&[f32; PANEL]>::try_from(o.w_scales) else {
+        unreachable!("these paths take one panel at once")
+    };
     for ((out, sums), &x_scale) in out.chunks_mut(WIDTH).zip(sums.0.as_chunks::<PANEL>().0).zip(o.x_scales) {
         for ((out, &sum), &w_scale) in out[..PANEL].iter_mut().zip(sums).zip(w_scales) {
             *out = sum as f32 * (x_scale * w_scale);

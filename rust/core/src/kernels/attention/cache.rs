@@ -1,41 +1,34 @@
-//! Keys and values as a cache keeps them: laid out as the products read them, so that a step of a decoding packs nothing.
+//! Keys and values as a cache keeps them: in pages of a few keys, which sequences with the same beginning share.
 
-use super::KEYS;
-use super::product::Packed;
+use super::product::{Packed, pack_transposed_pieces};
 use crate::kernel;
-use crate::simd::Float;
+use crate::simd::{Buffer, Float, MAX_LANES, prefetch};
 
-/// How the keys and values of one sequence lie in memory, up to `capacity` of them: head by head, keys transposed in blocks
-/// of [`KEYS`] (or of all, where there are fewer), values in rows of whole vectors.
+/// Pages that are asked for before they are needed; of more the CPU sees the pattern.
+const PAGES_AHEAD: usize = 4;
+
+/// How a page lies in memory: head by head, its keys, then its values, each in whole vectors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Slot {
+pub struct Page {
     n_kv_heads: usize,
     head_dim: usize,
-    /// Numbers of a value in memory.
+    /// Numbers of a head in memory.
     width: usize,
-    /// The most keys there is room for.
-    pub capacity: usize,
 }
 
-impl Slot {
-    /// The least capacity; others are this one times a power of two.
-    pub const LEAST: usize = 16;
+impl Page {
+    /// Keys of a page: whole vectors, and few, because a hypothesis that parts from another copies half a page.
+    pub const KEYS: usize = MAX_LANES;
 
-    /// A slot for so many keys or more.
-    pub fn new<T: Float>(n_kv_heads: usize, head_dim: usize, keys: usize) -> Self {
+    /// Pages for heads of these sizes.
+    pub fn new<T: Float>(n_kv_heads: usize, head_dim: usize) -> Self {
         kernel! {
             fn lanes<T>(s: S;) -> usize {
                 let _ = s;
                 S::LANES
             }
         }
-        let width = head_dim.next_multiple_of(lanes::<T>());
-        Slot { n_kv_heads, head_dim, width, capacity: 0 }.for_keys(keys)
-    }
-
-    /// The same for so many keys or more.
-    pub fn for_keys(self, keys: usize) -> Self {
-        Slot { capacity: keys.next_power_of_two().max(Self::LEAST), ..self }
+        Page { n_kv_heads, head_dim, width: head_dim.next_multiple_of(lanes::<T>()) }
     }
 
     /// Numbers of a key, all heads together.
@@ -43,101 +36,98 @@ impl Slot {
         self.n_kv_heads * self.head_dim
     }
 
-    /// The memory of slot `number`.
-    pub fn of<'a, T>(&self, keys: &'a [T], values: &'a [T], number: usize) -> (&'a [T], &'a [T]) {
-        let (k, v) = (self.keys_len(), self.values_len());
-        (&keys[number * k..][..k], &values[number * v..][..v])
+    /// Numbers of a head's keys, and of its values.
+    fn half(&self) -> usize {
+        Self::KEYS * self.width
     }
 
-    /// The same, to be written.
-    pub fn of_mut<'a, T>(&self, keys: &'a mut [T], values: &'a mut [T], number: usize) -> (&'a mut [T], &'a mut [T]) {
-        let (k, v) = (self.keys_len(), self.values_len());
-        (&mut keys[number * k..][..k], &mut values[number * v..][..v])
+    /// Numbers of a page.
+    pub fn size(&self) -> usize {
+        2 * self.n_kv_heads * self.half()
     }
 
-    /// Numbers of its keys.
-    pub fn keys_len(&self) -> usize {
-        self.n_kv_heads * self.head_dim * self.capacity
-    }
-
-    /// Numbers of its values.
-    pub fn values_len(&self) -> usize {
-        self.n_kv_heads * self.width * self.capacity
-    }
-
-    /// Keys of a block.
-    fn block(&self) -> usize {
-        KEYS.min(self.capacity)
-    }
-
-    /// Where the first number of a key is; the others follow a block apart.
-    fn key(&self, head: usize, at: usize) -> usize {
-        let block = self.block();
-        (head * self.capacity + at / block * block) * self.head_dim + at % block
-    }
-
-    fn value(&self, head: usize, at: usize) -> usize {
-        (head * self.capacity + at) * self.width
-    }
-
-    /// Writes key and value number `at`, heads side by side, into the slot's memory; whether the value is finite.
-    pub fn put<T: Float>(&self, keys: &mut [T], values: &mut [T], at: usize, key: &[T], value: &[T]) -> bool {
+    /// Writes key and value number `at` of a page, heads side by side; whether the value is finite.
+    pub fn put<T: Float>(&self, page: &mut [T], at: usize, key: &[T], value: &[T]) -> bool {
         let d = self.head_dim;
-        for (head, (key, value)) in key.chunks(d).zip(value.chunks(d)).enumerate() {
-            let places = keys[self.key(head, at)..].iter_mut().step_by(self.block());
-            places.zip(key).for_each(|(place, &x)| *place = x);
-            values[self.value(head, at)..][..d].copy_from_slice(value);
+        let places = page.chunks_mut(2 * self.half());
+        for (to, (key, value)) in places.zip(key.chunks(d).zip(value.chunks(d))) {
+            let (keys, values) = to.split_at_mut(self.half());
+            keys[at * self.width..][..d].copy_from_slice(key);
+            values[at * self.width..][..d].copy_from_slice(value);
         }
         value.iter().all(|x| x.is_finite())
     }
 
-    /// Copies the first `n` keys and values of another slot's memory, which may be smaller or larger, into this one's.
-    pub fn copy<T: Float>(&self, to: (&mut [T], &mut [T]), slot: &Slot, from: (&[T], &[T]), n: usize) {
-        let (mine, theirs) = (self.block(), slot.block());
-        for head in 0..self.n_kv_heads {
-            for first in (0..n).step_by(mine.min(theirs)) {
-                let keys = mine.min(theirs).min(n - first);
-                let to = to.0[self.key(head, first)..].chunks_mut(mine);
-                let from = from.0[slot.key(head, first)..].chunks(theirs);
-                to.zip(from).take(self.head_dim).for_each(|(to, from)| to[..keys].copy_from_slice(&from[..keys]));
-            }
-            let numbers = n * self.width;
-            to.1[self.value(head, 0)..][..numbers].copy_from_slice(&from.1[slot.value(head, 0)..][..numbers]);
+    /// Copies the first `n` keys and values of another page.
+    pub fn copy<T: Float>(&self, to: &mut [T], from: &[T], n: usize) {
+        for (to, from) in to.chunks_mut(self.half()).zip(from.chunks(self.half())) {
+            to[..n * self.width].copy_from_slice(&from[..n * self.width]);
         }
     }
 }
 
-/// The slots of a cache.
+/// The pages of a cache.
 #[derive(Clone, Copy, Debug)]
 pub struct Cache<'a, T> {
-    /// Keys, slot by slot.
-    pub keys: &'a [T],
-    /// Values, slot by slot.
-    pub values: &'a [T],
-    /// How a slot is laid out.
-    pub slot: Slot,
+    /// All of them.
+    pub pages: &'a [Buffer<T>],
+    /// For each slot the numbers of its pages, in the order of its keys.
+    pub tables: &'a [Vec<usize>],
+    /// How a page is laid out.
+    pub page: Page,
     /// No value is infinite or NaN.
     pub finite: bool,
 }
 
 impl<'a, T: Float> Cache<'a, T> {
-    /// Transposed keys, and values, of `n` keys of a slot from `first` on, which begins a block.
-    pub(super) fn block(&self, slot: usize, head: usize, first: usize, n: usize) -> (Packed<'a, T>, Packed<'a, T>) {
-        let Slot { head_dim, width, .. } = self.slot;
-        let (keys, values) = self.slot.of(self.keys, self.values, slot);
-        (
-            Packed::new(&keys[self.slot.key(head, first)..], head_dim, n, self.slot.block(), true),
-            Packed::new(&values[self.slot.value(head, first)..], n, head_dim, width, self.finite),
-        )
+    /// Keys and values of a head in the pages of a slot from key `first` on, which begins one.
+    fn pages(&self, slot: usize, head: usize, first: usize) -> impl Iterator<Item = (&'a [T], &'a [T])> + use<'a, T> {
+        let (pages, half) = (self.pages, self.page.half());
+        let table = self.tables[slot][first / Page::KEYS..].iter();
+        table.map(move |&number| pages[number][2 * head * half..][..2 * half].split_at(half))
     }
 
-    /// Whether there are so many slots, for heads of these sizes.
-    pub fn has(&self, slots: usize, n_kv_heads: usize, head_dim: usize) -> bool {
-        let Slot { n_kv_heads: heads, head_dim: dim, .. } = self.slot;
-        let fits = |numbers: &[T], len: usize| slots.checked_mul(len).is_some_and(|len| len <= numbers.len());
-        (heads, dim) == (n_kv_heads, head_dim)
-            && fits(self.keys, self.slot.keys_len())
-            && fits(self.values, self.slot.values_len())
+    /// Asks for the first of a slot's `n` keys and values of a head, which will be needed soon: what decoding reads lies in
+    /// many places, each too short to be foreseen.
+    pub(super) fn prefetch(&self, slot: usize, head: usize, n: usize) {
+        let lines = |x: &'a [T], keys: usize| x[..keys * self.page.width].chunks((64 / size_of::<T>()).max(1));
+        let pages = self.pages(slot, head, 0).zip((0..n).step_by(Page::KEYS)).take(PAGES_AHEAD);
+        for ((keys, values), at) in pages {
+            let here = Page::KEYS.min(n - at);
+            lines(keys, here).chain(lines(values, here)).for_each(|line| prefetch(line.as_ptr()));
+        }
+    }
+
+    /// `n` keys of a slot from key `first` on, which begins a page, transposed into `to`. Columns behind them hold anything.
+    pub(super) fn keys<'b>(&self, to: &'b mut [T], slot: usize, head: usize, first: usize, n: usize) -> Packed<'b, T> {
+        let keys = self.pages(slot, head, first).map(|(keys, _)| keys);
+        pack_transposed_pieces(to, keys, Page::KEYS, self.page.width, n, self.page.head_dim)
+    }
+
+    /// The same values where they lie, page by page, each with the number of its first one and how many there are.
+    pub(super) fn values(
+        &self,
+        slot: usize,
+        head: usize,
+        first: usize,
+        n: usize,
+    ) -> impl Iterator<Item = (usize, usize, Packed<'a, T>)> + use<'a, T> {
+        let (page, finite) = (self.page, self.finite);
+        self.pages(slot, head, first).zip((0..n).step_by(Page::KEYS)).map(move |((_, values), at)| {
+            let keys = Page::KEYS.min(n - at);
+            (at, keys, Packed::new(values, keys, page.head_dim, page.width, finite))
+        })
+    }
+
+    /// Whether a slot has so many keys.
+    pub fn has(&self, slot: usize, keys: usize) -> bool {
+        let whole = |&number: &usize| self.pages.get(number).is_some_and(|page| page.len() == self.page.size());
+        self.tables.get(slot).is_some_and(|table| keys <= table.len() * Page::KEYS && table.iter().all(whole))
+    }
+
+    /// Whether it is for heads of these sizes.
+    pub fn is_for(&self, n_kv_heads: usize, head_dim: usize) -> bool {
+        (self.page.n_kv_heads, self.page.head_dim) == (n_kv_heads, head_dim)
     }
 }
 
@@ -147,12 +137,12 @@ mod tests {
     use super::*;
     use crate::kernels::testing::normal;
 
-    /// What a query makes of the first `n` keys of a slot.
-    fn read(slot: Slot, (keys, values): (&[f32], &[f32]), n: usize) -> Vec<u32> {
+    /// What a query makes of the first `n` keys of some pages.
+    fn read(page: Page, pages: &[Buffer<f32>], table: &[usize], n: usize) -> Vec<u32> {
         let heads = Heads { n_heads: 2, n_kv_heads: 2, head_dim: 5, scale: 0.4 };
         let (q, mut y) = (normal::<f32>(10, 1), [f32::NAN; 10]);
         let nothing = Operand { data: &[][..], stride: 0 };
-        let cache = Some(Cache { keys, values, slot, finite: true });
+        let cache = Some(Cache { pages, tables: &[table.to_vec()], page, finite: true });
         let sequences = &[Sequence { query: 0, queries: 1, key: 0, keys: n, shift: 0 }];
         let masks = Masks { causal: false, keep: None, bias: None, dropout: None };
         let q = Operand { data: &q, stride: 10 };
@@ -161,24 +151,34 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_reads_as_the_original_whatever_the_capacities() {
+    fn a_copy_reads_as_the_original_wherever_its_pages_are() {
         let rows = normal::<f32>(300 * 10, 2);
-        let room = |slot: Slot| (vec![f32::NAN; slot.keys_len()], vec![f32::NAN; slot.values_len()]);
+        let page = Page::new::<f32>(2, 5);
+        // What no key was written to must not be seen.
+        let empty = || {
+            let mut page = Buffer::zeroed(page.size()).unwrap();
+            page.fill(f32::NAN);
+            page
+        };
         for n in [1, 15, 16, 17, 33, 127, 128, 130, 300] {
-            let slots = [n, 2 * n, 600].map(|keys| Slot::new::<f32>(2, 5, keys));
-            let mut first = room(slots[0]);
+            let table: Vec<usize> = (0..usize::div_ceil(n, Page::KEYS)).collect();
+            let mut pages: Vec<_> = table.iter().map(|_| empty()).collect();
             for (at, row) in rows.chunks(10).take(n).enumerate() {
-                assert!(slots[0].put(&mut first.0, &mut first.1, at, row, row));
+                assert!(page.put(&mut pages[at / Page::KEYS], at % Page::KEYS, row, row));
             }
-            let expected = read(slots[0], (&first.0, &first.1), n);
-            for slot in slots {
-                let mut copy = room(slot);
-                slot.copy((&mut copy.0, &mut copy.1), &slots[0], (&first.0, &first.1), n);
-                assert_eq!(read(slot, (&copy.0, &copy.1), n), expected, "{n} keys in {}", slot.capacity);
-                let mut back = room(slots[0]);
-                slots[0].copy((&mut back.0, &mut back.1), &slot, (&copy.0, &copy.1), n);
-                assert_eq!(read(slots[0], (&back.0, &back.1), n), expected);
-            }
+            let expected = read(page, &pages, &table, n);
+            let copies: Vec<_> = pages
+                .iter()
+                .enumerate()
+                .map(|(i, from)| {
+                    let mut copy = empty();
+                    page.copy(&mut copy, from, Page::KEYS.min(n - i * Page::KEYS));
+                    copy
+                })
+                .rev()
+                .collect();
+            let backwards: Vec<usize> = table.iter().copied().rev().collect();
+            assert_eq!(read(page, &copies, &backwards, n), expected, "{n} keys");
         }
     }
 }

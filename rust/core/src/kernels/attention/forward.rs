@@ -1,6 +1,6 @@
 //! The forward pass, and the weights for whoever asks to see them.
 
-use super::product::{Left, Start, pack, pack_transposed, packed_len, product, stride};
+use super::product::{Left, Packed, Start, pack, pack_transposed, packed_len, product, stride};
 use super::scores::{BLOCK, Block, ROW, advance, factor, normalise};
 use super::work::{Item, split};
 use super::{Heads, Inputs, KEYS, Out, QUERIES};
@@ -56,11 +56,11 @@ fn forward_item<T: Float>(
         let m = block * KEYS;
         let keys = KEYS.min(masks.visible(&sequence, queries.end - 1) - m);
         let (kt, v) = match cache {
-            Some(cache) => cache.block(sequence.key, kv_head, m, keys),
+            Some(cache) => (cache.keys(kt, sequence.key, kv_head, m, keys), None),
             None => {
                 let key = sequence.key + m;
                 let kt = pack_transposed(kt, k.at(key, kv_head, head_dim), k.stride, keys, head_dim);
-                (kt, pack(v_rows, v.at(key, kv_head, head_dim), v.stride, keys, head_dim, T::ONE))
+                (kt, Some(pack(v_rows, v.at(key, kv_head, head_dim), v.stride, keys, head_dim, T::ONE)))
             }
         };
         for (g, head) in item.heads.clone().enumerate() {
@@ -77,16 +77,18 @@ fn forward_item<T: Float>(
                 let (maximum, sum) = (&mut maximum[first..][..rows], &mut sum[first..][..rows]);
                 advance(x, block, maximum, sum, &mut shrink, masks.dropout, n_heads);
                 let start = if m == 0 { Start::Zero } else { Start::Scaled(&shrink[..rows]) };
-                product(
-                    &mut y[first * width..],
-                    width,
-                    Left { data: x, row: ROW, col: 1 },
-                    v,
-                    rows,
-                    head_dim,
-                    cols,
-                    start,
-                );
+                let y = &mut y[first * width..];
+                let mut add = |at: usize, keys: usize, v: Packed<'_, T>| {
+                    let start = if at == 0 { start } else { Start::Sum };
+                    let x = Left { data: &x[at..], row: ROW, col: 1 };
+                    product(y, width, x, v, rows, head_dim, keys, start);
+                };
+                match (cache, v) {
+                    (Some(cache), _) => {
+                        cache.values(sequence.key, kv_head, m, cols).for_each(|(at, keys, v)| add(at, keys, v));
+                    }
+                    (None, v) => v.into_iter().for_each(|v| add(0, cols, v)),
+                }
             }
         }
     }
@@ -139,7 +141,7 @@ pub fn attention_weights<T: Float>(weights: &mut [T], lse: &[T], inputs: &Inputs
             let m = block * KEYS;
             let keys = KEYS.min(masks.visible(&sequence, queries.end - 1) - m);
             let kt = match cache {
-                Some(cache) => cache.block(sequence.key, kv_head, m, keys).0,
+                Some(cache) => cache.keys(kt, sequence.key, kv_head, m, keys),
                 None => pack_transposed(kt, k.at(sequence.key + m, kv_head, head_dim), k.stride, keys, head_dim),
             };
             for head in item.heads.clone() {

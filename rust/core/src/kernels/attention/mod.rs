@@ -18,7 +18,7 @@ mod work;
 mod tests;
 
 pub use backward::{Gradients, Saved, attention_backward, attention_bias_backward};
-pub use cache::{Cache, Slot};
+pub use cache::{Cache, Page};
 pub use forward::{attention_forward, attention_weights};
 pub use mask::{Grid, Masks};
 pub use reference::{attention_backward_reference, attention_reference};

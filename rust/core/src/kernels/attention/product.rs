@@ -85,7 +85,22 @@ pub(super) fn pack_transposed<'a, T: Float>(
     rows: usize,
     cols: usize,
 ) -> Packed<'a, T> {
-    copy_columns(to, from, from_stride, rows, cols);
+    copy_columns(to, stride(rows), from, from_stride, rows, cols);
+    Packed { data: to, rows: cols, cols: rows, stride: stride(rows), finite: true }
+}
+
+/// The same of rows that lie in pieces of `piece` rows, whole vectors; of the last one more than `rows` may be copied.
+pub(super) fn pack_transposed_pieces<'a, 'b, T: Float>(
+    to: &'a mut [T],
+    pieces: impl Iterator<Item = &'b [T]>,
+    piece: usize,
+    from_stride: usize,
+    rows: usize,
+    cols: usize,
+) -> Packed<'a, T> {
+    for (first, from) in (0..rows).step_by(piece).zip(pieces) {
+        copy_columns(&mut to[first..], stride(rows), from, from_stride, piece, cols);
+    }
     Packed { data: to, rows: cols, cols: rows, stride: stride(rows), finite: true }
 }
 
@@ -107,9 +122,9 @@ kernel! {
 }
 
 kernel! {
-    fn copy_columns<'a, T>(s: S; to: &'a mut [T], from: &'a [T], from_stride: usize, rows: usize, cols: usize) {
-        let stride = stride(rows);
-        assert!(cols * stride <= to.len());
+    fn copy_columns<'a, T>(s: S; to: &'a mut [T], stride: usize, from: &'a [T], from_stride: usize, rows: usize, cols: usize) {
+        let whole = rows.next_multiple_of(S::LANES);
+        assert!(whole <= stride && (cols == 0 || (cols - 1) * stride + whole <= to.len()));
         assert!(rows == 0 || cols == 0 || (rows - 1) * from_stride + cols <= from.len());
         for c in (0..rows).step_by(S::LANES) {
             let lanes = S::LANES.min(rows - c);

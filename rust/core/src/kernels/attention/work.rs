@@ -5,6 +5,7 @@ use crate::error::Result;
 use crate::kernels::gemm::stash;
 use crate::simd::{Float, MAX_LANES};
 use crate::threads;
+use std::cmp::Reverse;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
@@ -106,7 +107,9 @@ impl<T: Float> Inputs<'_, T> {
         let scratch = scratch.next_multiple_of(MAX_LANES);
         let grain = GRAIN / self.heads.head_dim.max(1);
         // The longest first: no thread is left with one at the end.
-        items.sort_by_cached_key(|item| std::cmp::Reverse(item.pairs(self)));
+        if !items.is_sorted_by_key(|item| Reverse(item.pairs(self))) {
+            items.sort_by_cached_key(|item| Reverse(item.pairs(self)));
+        }
         let mut tasks: Vec<Range<usize>> = Vec::new();
         let mut filled = grain;
         for (i, item) in items.iter().enumerate() {
@@ -120,7 +123,14 @@ impl<T: Float> Inputs<'_, T> {
             filled += ITEM + item.pairs(self);
         }
         each_task(tasks.len(), scratch, |task, scratch| {
-            items[tasks[task].clone()].iter().for_each(|item| work(item, scratch));
+            let mut items = items[tasks[task].clone()].iter().peekable();
+            while let Some(item) = items.next() {
+                if let (Some(next), Some(cache)) = (items.peek(), &self.cache) {
+                    let sequence = &self.sequences[next.sequence];
+                    cache.prefetch(sequence.key, next.heads.start / self.heads.group(), sequence.keys);
+                }
+                work(item, scratch);
+            }
         })
     }
 }

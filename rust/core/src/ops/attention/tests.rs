@@ -1,6 +1,7 @@
 use super::*;
 use crate::kernels::testing;
 use crate::rng::Key;
+use crate::simd::Buffer;
 use crate::tape::{Builder, Grads, Params, Pool, gradcheck};
 use crate::threads::with_local_limit;
 
@@ -137,14 +138,15 @@ fn cached_keys_give_the_bits_of_packed_ones() {
     let x = tape.constant(normal(n, 48, 1));
     let packed = KeysValues::Packed { k: at(x, 24), v: at(x, 36), rows: &rows };
     let whole = attention(&mut tape, at(x, 0), &rows, packed, heads, &masks).unwrap();
-    // Another sequence has the slot before this one.
-    let (values, slot) = (normal::<f32>(n, 48, 1), Slot::new::<f32>(2, 6, n));
-    let (mut k, mut v) = (vec![f32::NAN; 2 * slot.keys_len()], vec![f32::NAN; 2 * slot.values_len()]);
+    // Another sequence has the slot before this one, and the pages lie in another order.
+    let (values, page) = (normal::<f32>(n, 48, 1), Page::new::<f32>(2, 6));
+    let tables = [vec![], (0..n.div_ceil(Page::KEYS)).rev().collect::<Vec<_>>()];
+    let mut pages: Vec<_> = tables[1].iter().map(|_| Buffer::zeroed(page.size()).unwrap()).collect();
     for i in 0..n {
-        let (k, v) = (&mut k[slot.keys_len()..], &mut v[slot.values_len()..]);
-        assert!(slot.put(k, v, i, &values.row(i)[24..36], &values.row(i)[36..]));
+        let to = &mut pages[tables[1][i / Page::KEYS]];
+        assert!(page.put(to, i % Page::KEYS, &values.row(i)[24..36], &values.row(i)[36..]));
     }
-    let cache = Cache { keys: &k, values: &v, slot, finite: true };
+    let cache = Cache { pages: &pages, tables: &tables, page, finite: true };
     for (first, queries) in [(0, 1), (0, 130), (127, 1), (128, 1), (100, 40), (139, 1)] {
         let q: Vec<f32> = (first..first + queries).flat_map(|i| values.row(i)[..24].to_vec()).collect();
         let q = tape.constant(Tensor::from_slice(queries, 24, &q).unwrap());
@@ -211,16 +213,18 @@ fn wrong_arguments_are_named() {
         assert!(error(0, 16, &rows, good, &Masks { dropout: Some((0, p)), ..none }).contains("`dropout`"));
     }
 
-    let slot = Slot::new::<f32>(2, 4, 3);
-    let (keys, values) = (vec![0.0; 3 * slot.keys_len()], vec![0.0; 3 * slot.values_len()]);
-    let cache = Cache { keys: &keys, values: &values, slot, finite: true };
+    let page = Page::new::<f32>(2, 4);
+    let (pages, tables) = ([Buffer::zeroed(page.size()).unwrap()], [vec![0], vec![1], vec![0]]);
+    let cache = Cache { pages: &pages, tables: &tables, page, finite: true };
     let cached = |slots, lengths| KeysValues::Cached { cache, slots, lengths };
     let text = attention(&mut tape, at(x, 0), &rows, cached(&[0, 2], &[2, 3]), good, &none).unwrap_err().to_string();
     assert!(text.contains("decode on a tape that does not record"), "{text}");
     let mut tape = Tape::<f32>::evaluation(Pool::default());
     let x = tape.constant(normal(5, 24, 1));
     assert!(attention(&mut tape, at(x, 0), &rows, cached(&[0, 2], &[2, 3]), good, &none).is_ok());
-    for (slots, lengths) in [(&[0, 3][..], &[2, 3][..]), (&[0], &[2, 3]), (&[0, 2], &[2]), (&[0, 1], &[1, 17])] {
+    for (slots, lengths) in
+        [(&[0, 3][..], &[2, 3][..]), (&[0], &[2, 3]), (&[0, 2], &[2]), (&[0, 1], &[1, 1]), (&[0, 2], &[1, 17])]
+    {
         assert!(attention(&mut tape, at(x, 0), &rows, cached(slots, lengths), good, &none).is_err());
     }
     let other = heads(1, 1, 8);
