@@ -3,6 +3,7 @@
 use super::hypothesis::Hypothesis;
 use super::options::{GenerateOptions, Plan};
 use crate::kernels::top_k::Entry;
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 /// A token that may follow a hypothesis.
@@ -74,6 +75,8 @@ pub(super) struct Beam {
     ended: Vec<Ended>,
     /// Ids of every live hypothesis.
     pub len: usize,
+    /// What follows in the next steps, where the model has read so far already.
+    pub ahead: VecDeque<Follow>,
 }
 
 impl Beam {
@@ -81,7 +84,7 @@ impl Beam {
     pub fn new(options: Arc<GenerateOptions>, plan: Plan, falling: bool) -> Self {
         let roots = if options.sampling.is_some() { options.n_best } else { 1 };
         let live = (0..roots).map(|draw| Path { last: None, sum: 0.0, draw }).collect();
-        Beam { plan, options, falling, nodes: Vec::new(), live, ended: Vec::new(), len: 0 }
+        Beam { plan, options, falling, nodes: Vec::new(), live, ended: Vec::new(), len: 0, ahead: VecDeque::new() }
     }
 
     /// The last token of every live hypothesis; before the first step that is BOS, which `first` gives.

@@ -7,17 +7,20 @@ use super::hypothesis::Hypothesis;
 use super::memory::Room;
 use super::on_tape;
 use super::options::{GenerateOptions, Plan};
-use crate::error::Result;
-use crate::kernels::softmax::log_sum_exp;
+use crate::error::{Error, Result};
+use crate::kernels::softmax::{LogSumExp, log_sum_exp};
 use crate::kernels::top_k::{Entry, top_k};
 use crate::models::{DecoderState, Transformer};
 use crate::profile::{self, Work};
 use crate::rows::Rows;
-use crate::tape::{Params, Pool};
+use crate::tape::{Params, Pool, Tape, Tensor};
 use crate::threads::{self, for_each};
 use crate::{bail, ensure};
 use std::collections::VecDeque;
 use std::sync::Arc;
+
+/// Tokens of prefixes whose logits are in memory together.
+const PREFIX_ROWS: usize = 256;
 
 /// Replaces the logits of one hypothesis: (its ids so far, the model's logits (V,)) -> logits (V,), −∞ for what must not
 /// follow. It is called on the calling thread, hypothesis by hypothesis. Nothing that it returns allows what is forbidden
@@ -95,12 +98,14 @@ impl Decoding {
         }
         let (plans, src): (Vec<Plan>, Vec<Vec<u32>>) = self.waiting.drain(..n).unzip();
         let rows = Rows::from_lengths(&plans.iter().map(|plan| plan.ids).collect::<Vec<_>>());
+        let beams = plans.into_iter().map(|plan| Beam::new(self.options.clone(), plan, self.falling));
+        let mut beams: Vec<Beam> = beams.collect();
         let mut state = on_tape(pool, |tape| {
             let memory = model.encode(tape, params, &src.concat(), &rows)?;
-            model.start(tape, params, memory, &rows)
+            let mut state = model.start(tape, params, memory, &rows)?;
+            self.read_prefixes(model, tape, params, &mut state, &mut beams)?;
+            Ok(state)
         })?;
-        let beams = plans.into_iter().map(|plan| Beam::new(self.options.clone(), plan, self.falling));
-        let beams: Vec<Beam> = beams.collect();
         // What is drawn begins as copies of one beginning.
         let roots: Vec<usize> = beams.iter().enumerate().flat_map(|(i, beam)| vec![i; beam.alive()]).collect();
         if roots.len() > beams.len() {
@@ -111,6 +116,55 @@ impl Decoding {
             None => self.state = Some(state),
         }
         self.beams.extend(beams);
+        Ok(())
+    }
+
+    /// Lets the model read all but the last token of long prefixes at once.
+    fn read_prefixes(
+        &self,
+        model: &Transformer,
+        tape: &mut Tape<f32>,
+        params: &Params<f32>,
+        state: &mut DecoderState<f32>,
+        beams: &mut [Beam],
+    ) -> Result<()> {
+        let long = |beam: &Beam| if beam.plan.prefix.len() > 1 { beam.plan.prefix.len() } else { 0 };
+        let rows = Rows::from_lengths(&beams.iter().map(long).collect::<Vec<_>>());
+        if rows.total() == 0 {
+            return Ok(());
+        }
+        // BOS says what the first token's chances are, ..., the last but one what the last one's are.
+        let read = |beam: &Beam| {
+            [model.config().bos_id]
+                .into_iter()
+                .chain(beam.plan.prefix.iter().copied())
+                .take(long(beam))
+                .collect::<Vec<_>>()
+        };
+        let tokens: Vec<u32> = beams.iter().flat_map(read).collect();
+        let hidden = model.advance(tape, params, &tokens, &rows, state)?;
+        let places: Vec<(usize, usize)> =
+            (0..beams.len()).flat_map(|i| (0..rows.length(i)).map(move |at| (i, at))).collect();
+        let d = tape.value(hidden)?.cols();
+        for (places, first) in places.chunks(PREFIX_ROWS).zip((0..).step_by(PREFIX_ROWS)) {
+            let part =
+                Tensor::from_slice(places.len(), d, &tape.value(hidden)?[first * d..(first + places.len()) * d])?;
+            let part = tape.constant(part);
+            let logits = model.logits(tape, params, part)?;
+            let logits = tape.take(logits)?;
+            let mut follows = vec![None; places.len()];
+            let plans: Vec<&Plan> = places.iter().map(|&(i, _)| &beams[i].plan).collect();
+            let of = plans.iter().zip(places).zip(logits.chunks(logits.cols()));
+            for_each(of.zip(&mut follows), |(((plan, &(_, at)), logits), follow)| {
+                let id = plan.prefix[at];
+                *follow = self.follow(logits, None, &[Entry { id, value: logits[id as usize] }]);
+            })?;
+            for (&(i, at), follow) in places.iter().zip(follows) {
+                let source = beams[i].plan.source;
+                beams[i].ahead.push_back(follow.ok_or_else(|| not_finite(at, source))?);
+            }
+            tape.pool.recycle(logits);
+        }
         Ok(())
     }
 
@@ -156,22 +210,39 @@ impl Decoding {
         self.same_weights(params)?;
         self.admit(model, pool, params)?;
         let Some(state) = &mut self.state else { return Ok(Vec::new()) };
-        let tokens: Vec<u32> = self.beams.iter().flat_map(|beam| beam.last_tokens(model.config().bos_id)).collect();
-        let logits = on_tape(pool, |tape| {
-            let hidden = model.advance(tape, params, &tokens, &Rows::from_lengths(&vec![1; tokens.len()]), state)?;
-            let logits = model.logits(tape, params, hidden)?;
-            tape.take(logits)
-        })?;
-        let follows = self.choose(&logits, model.config().tgt_vocab, processor);
-        pool.recycle(logits);
-        follows
+        // What the model has read already stays as it is.
+        let lengths = |beam: &Beam| vec![usize::from(beam.ahead.is_empty()); beam.alive()];
+        let rows = Rows::from_lengths(&self.beams.iter().flat_map(lengths).collect::<Vec<_>>());
+        let mut found = Vec::new();
+        if rows.total() > 0 {
+            let reading = self.beams.iter().filter(|beam| beam.ahead.is_empty());
+            let tokens: Vec<u32> = reading.flat_map(|beam| beam.last_tokens(model.config().bos_id)).collect();
+            let logits = on_tape(pool, |tape| {
+                let hidden = model.advance(tape, params, &tokens, &rows, state)?;
+                let logits = model.logits(tape, params, hidden)?;
+                tape.take(logits)
+            })?;
+            let chosen = self.choose(&logits, model.config().tgt_vocab, processor);
+            pool.recycle(logits);
+            found = chosen?;
+        }
+        let mut found = found.into_iter();
+        let mut follows = Vec::with_capacity(rows.sequences());
+        for beam in &mut self.beams {
+            match beam.ahead.pop_front() {
+                Some(follow) => follows.extend(vec![follow; beam.alive()]),
+                None => follows.extend(found.by_ref().take(beam.alive())),
+            }
+        }
+        Ok(follows)
     }
 
-    /// The same, given the logits (R, V) of all.
+    /// The same for those that read a token, given the logits (R, V) of all of them.
     fn choose(&self, logits: &[f32], v: usize, mut processor: Option<&mut Processor<'_>>) -> Result<Vec<Follow>> {
         let _timed = profile::part("choice", [v, 0], || Work::passes::<f32>(1, logits.len() / v, v));
         let mut rows = Vec::new();
-        for (beam, live) in self.beams.iter().flat_map(|beam| (0..beam.alive()).map(move |live| (beam, live))) {
+        let reading = self.beams.iter().filter(|beam| beam.ahead.is_empty());
+        for (beam, live) in reading.flat_map(|beam| (0..beam.alive()).map(move |live| (beam, live))) {
             let mut row = Row { beam, live, ids: Vec::new(), processed: None };
             if processor.is_some() || self.constraints.reads_ids() {
                 row.ids = beam.ids(live);
@@ -187,15 +258,7 @@ impl Decoding {
         })?;
         let mut found = Vec::with_capacity(rows.len());
         for (row, follow) in rows.iter().zip(follows) {
-            match follow {
-                Some(follow) => found.push(follow),
-                None => bail!(
-                    NonFinite,
-                    "decoding: token {} of source {}: the logits are not finite; is there NaN in the weights?",
-                    row.beam.len,
-                    row.beam.plan.source
-                ),
-            }
+            found.push(follow.ok_or_else(|| not_finite(row.beam.len, row.beam.plan.source))?);
         }
         Ok(found)
     }
@@ -222,6 +285,11 @@ impl Decoding {
                 }
             },
         };
+        self.follow(logits, lse, &chosen)
+    }
+
+    /// What was chosen, with what the model says of it; `None` if its logits are not finite.
+    fn follow(&self, logits: &[f32], lse: Option<LogSumExp<f32>>, chosen: &[Entry]) -> Option<Follow> {
         let lse = lse.unwrap_or_else(|| log_sum_exp(logits));
         if !(lse.max.is_finite() && lse.log.is_finite()) {
             return None;
@@ -252,6 +320,12 @@ impl Decoding {
         );
         Ok(())
     }
+}
+
+fn not_finite(token: usize, source: usize) -> Error {
+    Error::NonFinite(format!(
+        "decoding: token {token} of source {source}: the logits are not finite; is there NaN in the weights?"
+    ))
 }
 
 /// Asks a processor, and checks what it says.

@@ -422,6 +422,22 @@ fn log_probabilities_are_those_that_score_gives() {
 }
 
 #[test]
+fn a_prefix_read_at_once_is_the_same_forced_token_by_token() {
+    let fixture = Fixture::new(config(), 5);
+    for n in [2, 17, 300] {
+        let prefix: Vec<u32> = (0..n).map(|i| 3 + i * i % 5).collect();
+        let max_len = Some(Length::Fixed(n as usize + 4));
+        let options = GenerateOptions { max_len, alternatives: 2, ..beams(3, 2) };
+        let forced = GenerateOptions { forced: (0..).zip(prefix.clone()).collect(), ..options.clone() };
+        let prefixes = vec![prefix.clone(), vec![4], prefix];
+        let read = GenerateOptions { prefixes, ..options };
+        let expected = fixture.search(&[SOURCES[0]], &forced).unwrap();
+        let found = fixture.search(&[SOURCES[0], SOURCES[1], SOURCES[0]], &read).unwrap();
+        assert!(found[0] == expected[0] && found[2] == expected[0], "{n} tokens");
+    }
+}
+
+#[test]
 fn attention_is_that_of_the_steps_and_asking_for_it_changes_nothing() {
     let fixture = Fixture::new(config(), 21);
     let plain = fixture.search(&SOURCES, &beams(3, 3)).unwrap();
