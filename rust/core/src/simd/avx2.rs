@@ -135,7 +135,7 @@ impl Simd<f32> for Avx2 {
 /// # Safety
 /// As `Simd::transpose_ptr` for eight lanes, on a CPU with AVX.
 #[inline(always)]
-pub(super) unsafe fn transpose(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+unsafe fn transpose(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
     // SAFETY: the caller's promise.
     unsafe {
         let row: [__m256; 8] = std::array::from_fn(
