@@ -167,7 +167,7 @@ impl<T: Float> Multiply<T> for Floats<'_, T> {
 struct OfCompact<'a, T> {
     y: &'a mut [T],
     x: &'a [T],
-    w: &'a CompactRhs<'a, T>,
+    w: &'a CompactRhs<T>,
 }
 
 impl<T: Float> Multiply<T> for OfCompact<'_, T> {
@@ -194,7 +194,7 @@ pub(super) fn product<T: Float>(
 }
 
 /// x Wᵀ + b with a weight in another form than f32.
-pub(super) fn product_compact<T: Float>(y: &mut [T], x: &[T], w: &CompactRhs<'_, T>, bias: Option<&[T]>) -> Result<()> {
+pub(super) fn product_compact<T: Float>(y: &mut [T], x: &[T], w: &CompactRhs<T>, bias: Option<&[T]>) -> Result<()> {
     finish(OfCompact { y, x, w }, bias, None, None)
 }
 

@@ -243,20 +243,22 @@ pub struct Params<T> {
     /// Matrices that are kept in another form than f32.
     compact: HashMap<ParamId, Compact<T>>,
     packed_int8: Mutex<PackedInt8>,
+    packed_bf16: Mutex<HashMap<ParamId, Arc<Bf16Rhs<T>>>>,
 }
 
 /// A matrix in another form than f32.
 #[derive(Debug)]
 enum Compact<T> {
-    Bf16(Bf16Rhs<T>),
+    /// Weights of linear maps as products read them, others as tables; a table that is a weight too is packed besides.
+    Bf16(Arc<Bf16Rhs<T>>),
     Int8(Int8Matrix),
 }
 
 /// A weight in another form than f32, or a group of them, as products read it.
 #[derive(Debug)]
-pub enum CompactRhs<'a, T> {
+pub enum CompactRhs<T> {
     /// Each of them.
-    Bf16(Vec<&'a Bf16Rhs<T>>),
+    Bf16(Vec<Arc<Bf16Rhs<T>>>),
     /// All of them as one.
     Int8(Arc<Int8Rhs>),
 }
@@ -293,18 +295,19 @@ impl<T: Float> Params<T> {
     pub fn zeros(layout: Arc<Layout>) -> Result<Self> {
         let (data, stats) = (Buffer::zeroed(layout.len())?, Buffer::zeroed(layout.stats_len())?);
         let trainable = vec![true; layout.params.len()];
-        let (packed, packed_int8) = Default::default();
+        let (packed, packed_int8, packed_bf16) = Default::default();
         let mut compact = HashMap::new();
         for id in layout.ids() {
-            let shape = &layout.entry(id).shape;
-            let zeros = match layout.entry(id).stored {
+            let Entry { shape, stored, init, .. } = layout.entry(id);
+            let zeros = match stored {
                 Stored::F32 => continue,
-                Stored::Bf16 => Compact::Bf16(Bf16Rhs::zeros(shape[0], shape[1])?),
+                Stored::Bf16 if *init == Init::Xavier => Compact::Bf16(Bf16Rhs::zeros(shape[0], shape[1])?.into()),
+                Stored::Bf16 => Compact::Bf16(Bf16Rhs::table(shape[0], shape[1])?.into()),
                 Stored::Int8 => Compact::Int8(Int8Matrix::zeros(shape[0], shape[1])?),
             };
             compact.insert(id, zeros);
         }
-        Ok(Params { layout, data, stats, trainable, version: 0, packed, compact, packed_int8 })
+        Ok(Params { layout, data, stats, trainable, version: 0, packed, compact, packed_int8, packed_bf16 })
     }
 
     /// The same parameters as numbers of another type, for gradient checks. Matrices must be f32.
@@ -324,6 +327,7 @@ impl<T: Float> Params<T> {
             packed: Mutex::default(),
             compact: HashMap::new(),
             packed_int8: Mutex::default(),
+            packed_bf16: Mutex::default(),
         })
     }
 
@@ -384,8 +388,8 @@ impl<T: Float> Params<T> {
         for id in self.layout.ids() {
             let entry = self.layout.entry(id);
             match (new.compact.get_mut(&id), self.bf16(id)) {
-                (Some(Compact::Bf16(w)), None) => w.set(self.get(id))?,
-                (Some(Compact::Bf16(w)), Some(old)) => *w = old.copy()?,
+                (Some(Compact::Bf16(w)), None) => own(w)?.set(self.get(id))?,
+                (Some(Compact::Bf16(w)), Some(old)) => *w = Arc::new(old.copy()?),
                 (None, Some(old)) => old.values(&mut new.data[new.layout.entry(id).range.clone()])?,
                 (None, None) => new.data[new.layout.entry(id).range.clone()].copy_from_slice(self.get(id)),
                 (Some(Compact::Int8(w)), _) => {
@@ -412,9 +416,25 @@ impl<T: Float> Params<T> {
     /// A matrix that is kept in bf16.
     pub fn bf16(&self, id: ParamId) -> Option<&Bf16Rhs<T>> {
         match self.compact.get(&id) {
-            Some(Compact::Bf16(w)) => Some(w),
+            Some(Compact::Bf16(w)) => Some(&**w),
             _ => None,
         }
+    }
+
+    /// A matrix that is kept in bf16, for products.
+    fn bf16_rhs(&self, id: ParamId) -> Result<Arc<Bf16Rhs<T>>> {
+        let w = match self.compact.get(&id) {
+            Some(Compact::Bf16(w)) if w.is_table() => w,
+            Some(Compact::Bf16(w)) => return Ok(w.clone()),
+            _ => bail!(Internal, "a group of weights is kept in several forms"),
+        };
+        let mut packed = self.packed_bf16.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = packed.get(&id) {
+            return Ok(found.clone());
+        }
+        let new = Arc::new(w.packed()?);
+        packed.insert(id, new.clone());
+        Ok(new)
     }
 
     /// A weight that is kept in int8.
@@ -434,14 +454,12 @@ impl<T: Float> Params<T> {
         }
     }
 
-    /// A weight, or a group of them, for products, where it is kept in another form than f32; in int8 it is packed once for
-    /// each version of the values.
-    pub fn compact(&self, ids: &[ParamId]) -> Result<Option<CompactRhs<'_, T>>> {
+    /// A weight, or a group of them, for products, where it is kept in another form than f32. What is not kept as products
+    /// read it is packed once for each version of the values.
+    pub fn compact(&self, ids: &[ParamId]) -> Result<Option<CompactRhs<T>>> {
         let Some(first) = ids.first().filter(|first| self.compact.contains_key(first)) else { return Ok(None) };
-        let in_part = || Error::Internal("a group of weights is kept in several forms".into());
         if self.bf16(*first).is_some() {
-            let weights: Option<Vec<_>> = ids.iter().map(|&id| self.bf16(id)).collect();
-            return Ok(Some(CompactRhs::Bf16(weights.ok_or_else(in_part)?)));
+            return Ok(Some(CompactRhs::Bf16(ids.iter().map(|&id| self.bf16_rhs(id)).collect::<Result<_>>()?)));
         }
         let mut packed = self.packed_int8.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (*first, ids.len());
@@ -449,7 +467,8 @@ impl<T: Float> Params<T> {
             return Ok(Some(CompactRhs::Int8(found.clone())));
         }
         let weights: Option<Vec<_>> = ids.iter().map(|&id| self.int8(id)).collect();
-        let new = Arc::new(Int8Rhs::new(&weights.ok_or_else(in_part)?)?);
+        let Some(weights) = weights else { bail!(Internal, "a group of weights is kept in several forms") };
+        let new = Arc::new(Int8Rhs::new(&weights)?);
         packed.insert(key, new.clone());
         Ok(Some(CompactRhs::Int8(new)))
     }
@@ -458,6 +477,7 @@ impl<T: Float> Params<T> {
     fn touch(&mut self) {
         self.version += 1;
         self.packed_int8.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+        self.packed_bf16.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
         self.packed.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
@@ -477,7 +497,7 @@ impl<T: Float> Params<T> {
             None => self.data[entry.range.clone()].copy_from_slice(values),
             Some(Compact::Bf16(w)) => {
                 check_bf16(&entry.name, values)?;
-                w.set(values)?;
+                own(w)?.set(values)?;
             }
             Some(Compact::Int8(_)) => bail!(
                 Unsupported,
@@ -524,6 +544,14 @@ impl<T: Float> Params<T> {
     /// Freezes a parameter or sets it free. Gradients made before no longer fit.
     pub fn set_trainable(&mut self, id: ParamId, trainable: bool) {
         self.trainable[id.0 as usize] = trainable;
+    }
+}
+
+/// A matrix, for somebody who is about to change it. (None of those who took it for a product is at work now.)
+fn own<T: Float>(w: &mut Arc<Bf16Rhs<T>>) -> Result<&mut Bf16Rhs<T>> {
+    match Arc::get_mut(w) {
+        Some(w) => Ok(w),
+        None => bail!(Internal, "a matrix in bf16 changes while it is in use"),
     }
 }
 
@@ -596,6 +624,7 @@ mod tests {
         let again = bf16.convert(layout).unwrap();
         assert!(again.bf16(a).unwrap().bits(2).eq(bf16.bf16(a).unwrap().bits(2)));
         assert!(matches!(bf16.compact(&[a]), Ok(Some(CompactRhs::Bf16(_)))) && bf16.compact(&[q]).unwrap().is_none());
+        assert!(!bf16.bf16(a).unwrap().is_table() && bf16.compact(&[a, q]).is_err());
 
         let version = bf16.version();
         let error = bf16.set(a, params.get(a)).unwrap_err().to_string();
@@ -613,6 +642,23 @@ mod tests {
             assert!(matches!(&error, Error::Unsupported(text) if text.contains("astype: the weights are in int8")));
         }
         assert!(bf16.cast::<f64>().is_err());
+    }
+
+    #[test]
+    fn in_bf16_a_table_is_packed_for_products_and_follows_its_values() {
+        let mut b = Builder::new();
+        let id = b.param("embedding.weight", &[70, 5], Init::Normal { std: 1.0 });
+        let params = Params::<f32>::init(Arc::new(b.finish()), 3).unwrap();
+        let mut bf16 = params.convert(Arc::new(params.layout().stored_in(Stored::Bf16, &[]))).unwrap();
+        let packed = |params: &Params<f32>| match params.compact(&[id]) {
+            Ok(Some(CompactRhs::Bf16(packed))) => packed[0].clone(),
+            other => panic!("{other:?}"),
+        };
+        let before = packed(&bf16);
+        assert!(bf16.bf16(id).unwrap().is_table() && !before.is_table());
+        assert!(Arc::ptr_eq(&before, &packed(&bf16)) && before.bits(69).eq(bf16.bf16(id).unwrap().bits(69)));
+        bf16.set(id, &[2.0; 350]).unwrap();
+        assert!(packed(&bf16).bits(69).eq([0x4000; 5]));
     }
 
     #[test]

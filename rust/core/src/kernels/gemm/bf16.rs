@@ -1,6 +1,7 @@
-//! Weights kept in bf16, half the bytes of f32. They are widened when they are read, which is exact: everything else is f32.
+//! Matrices kept in bf16, half the bytes of f32. They are widened when they are read, which is exact: everything else is f32.
 
 use half::bf16;
+use std::sync::Arc;
 
 use super::pack::panel_len;
 use super::{Beta, Epilogue, Mat, MatMut, Rhs, gemm};
@@ -8,12 +9,14 @@ use crate::error::Result;
 use crate::simd::{Buffer, Float, Simd};
 use crate::{ensure, kernel, threads};
 
-/// The transpose of a weight (O, K), its numbers rounded to bf16 and kept in the order in which products read them, there
-/// alone.
+/// The transpose of a matrix (O, K), its numbers rounded to bf16.
 #[derive(Debug)]
 pub struct Bf16Rhs<T> {
-    /// Panels as in [`PackedRhs`](super::PackedRhs), of rows as [`Simd::load_bf16_ptr`] takes them, in memory for T.
+    /// Panels of `width` columns as in [`PackedRhs`](super::PackedRhs), in memory for T. For products their rows are as
+    /// [`Simd::load_bf16_ptr`] takes them.
     panels: Buffer<T>,
+    /// 1 in a table.
+    width: usize,
     pub(super) outputs: usize,
     pub(super) depth: usize,
 }
@@ -27,56 +30,75 @@ kernel! {
 }
 
 impl<T: Float> Bf16Rhs<T> {
-    /// Zeros, for values that come from elsewhere.
+    /// Zeros in the order in which products read them, for values that come from elsewhere.
     pub fn zeros(outputs: usize, depth: usize) -> Result<Self> {
-        let panels = outputs.div_ceil(Self::width()).saturating_mul(panel_len(depth, Self::row_len()));
-        Ok(Bf16Rhs { panels: Buffer::zeroed(panels)?, outputs, depth })
+        let (lanes, vectors) = row_shape::<T>();
+        Self::of_width(lanes * vectors, outputs, depth)
     }
 
-    /// A weight, row by row, each number rounded to the nearest that bf16 has, ties to even.
-    pub fn new(weight: &[T], outputs: usize, depth: usize) -> Result<Self> {
-        let mut new = Self::zeros(outputs, depth)?;
-        new.set(weight)?;
+    /// The same, row after row, for a table whose rows are looked up; products take [`Bf16Rhs::packed`] of it.
+    pub fn table(outputs: usize, depth: usize) -> Result<Self> {
+        Self::of_width(1, outputs, depth)
+    }
+
+    fn of_width(width: usize, outputs: usize, depth: usize) -> Result<Self> {
+        let numbers = outputs.div_ceil(width).saturating_mul(panel_len(depth, width));
+        let panels = Buffer::zeroed(numbers.div_ceil(size_of::<T>() / size_of::<u16>()))?;
+        Ok(Bf16Rhs { panels, width, outputs, depth })
+    }
+
+    /// Whether it is made for looking up rows.
+    pub fn is_table(&self) -> bool {
+        self.width == 1
+    }
+
+    /// A copy for products.
+    pub fn packed(&self) -> Result<Self> {
+        let mut new = Self::zeros(self.outputs, self.depth)?;
+        new.fill(|output| self.bits(output))?;
         Ok(new)
     }
 
     /// A copy.
     pub fn copy(&self) -> Result<Self> {
-        let mut new = Self::zeros(self.outputs, self.depth)?;
+        let mut new = Self::of_width(self.width, self.outputs, self.depth)?;
         new.panels.copy_from_slice(&self.panels);
         Ok(new)
     }
 
-    /// Takes other numbers, rounded as by [`Bf16Rhs::new`].
-    pub fn set(&mut self, weight: &[T]) -> Result<()> {
-        let (width, depth) = (Self::width(), self.depth);
+    /// Takes the numbers of a matrix, row by row, each rounded to the nearest that bf16 has, ties to even.
+    pub fn set(&mut self, matrix: &[T]) -> Result<()> {
+        let depth = self.depth;
         ensure!(
-            weight.len() == self.outputs * depth,
+            matrix.len() == self.outputs * depth,
             Shape,
-            "bf16: {} numbers for a weight of {} x {depth}",
-            weight.len(),
+            "bf16: {} numbers for a matrix of {} x {depth}",
+            matrix.len(),
             self.outputs
         );
-        if weight.is_empty() {
-            return Ok(());
-        }
-        let panels = self.panels.chunks_mut(panel_len(depth, Self::row_len())).zip(weight.chunks(width * depth));
-        threads::for_each(panels, |(panel, weight)| {
-            let panel = bits_mut(panel);
-            for (column, numbers) in weight.chunks(depth).enumerate() {
-                let place = Self::place(column);
-                for (k, &x) in numbers.iter().enumerate() {
-                    panel[k * width + place] = bf16::from_f32(x.to_f64() as f32).to_bits();
-                }
+        let round = |x: &T| bf16::from_f32(x.to_f64() as f32).to_bits();
+        self.fill(|output| matrix[output * depth..][..depth].iter().map(round))
+    }
+
+    /// Takes the bits that `row` gives for each output.
+    fn fill<I: Iterator<Item = u16>>(&mut self, row: impl Fn(usize) -> I + Sync) -> Result<()> {
+        let (width, depth, outputs) = (self.width, self.depth, self.outputs);
+        let group = (threads::GRAIN / (width * depth.max(1))).max(1);
+        let parts = bits_mut(&mut self.panels).chunks_mut(group * panel_len(depth, width));
+        threads::for_each(parts.take(outputs.div_ceil(group * width)).enumerate(), |(i, part)| {
+            for output in i * group * width..outputs.min((i + 1) * group * width) {
+                let panel = &mut part[(output / width - i * group) * panel_len(depth, width)..];
+                let place = place::<T>(width, output);
+                row(output).enumerate().for_each(|(k, bits)| panel[k * width + place] = bits);
             }
         })
     }
 
     /// The bits of the numbers of one output, K of them.
     pub fn bits(&self, output: usize) -> impl Iterator<Item = u16> + '_ {
-        let (width, len) = (Self::width(), panel_len(self.depth, Self::row_len()));
-        let panel = bits(&self.panels[output / width * len..][..len]);
-        let place = Self::place(output % width);
+        let (width, len) = (self.width, panel_len(self.depth, self.width));
+        let panel = &bits(&self.panels)[output / width * len..][..len];
+        let place = place::<T>(width, output);
         (0..self.depth).map(move |k| panel[k * width + place])
     }
 
@@ -89,9 +111,9 @@ impl<T: Float> Bf16Rhs<T> {
     /// All numbers, as they were given but for the rounding.
     pub fn values(&self, to: &mut [T]) -> Result<()> {
         ensure!(to.len() == self.outputs * self.depth, Shape, "bf16: {} places for all numbers", to.len());
-        let (width, depth) = (Self::width(), self.depth.max(1));
-        threads::for_each(to.chunks_mut(width * depth).enumerate(), |(panel, to)| {
-            to.chunks_mut(depth).enumerate().for_each(|(i, to)| self.row(panel * width + i, to));
+        let (depth, rows) = (self.depth.max(1), threads::rows_per_task(self.depth.max(1)));
+        threads::for_each(to.chunks_mut(rows * depth).enumerate(), |(i, to)| {
+            to.chunks_mut(depth).enumerate().for_each(|(row, to)| self.row(i * rows + row, to));
         })
     }
 
@@ -100,26 +122,16 @@ impl<T: Float> Bf16Rhs<T> {
         numbers.iter().copied().find(|x| (x.to_f64() as f32).to_bits() & 0xffff != 0)
     }
 
-    pub(super) fn panels(&self) -> &[T] {
-        &self.panels
+    /// The panels, and a row of one of them, counted in T.
+    pub(super) fn panels(&self) -> (&[T], usize) {
+        (&self.panels, self.width * size_of::<u16>() / size_of::<T>())
     }
+}
 
-    /// A row of a panel, counted in T.
-    pub(super) fn row_len() -> usize {
-        Self::width() * size_of::<u16>() / size_of::<T>()
-    }
-
-    /// Columns of a panel.
-    fn width() -> usize {
-        let (lanes, vectors) = row_shape::<T>();
-        lanes * vectors
-    }
-
-    /// Where a column stands in a row of a panel.
-    fn place(column: usize) -> usize {
-        let (lanes, vectors) = row_shape::<T>();
-        column % lanes * vectors + column / lanes
-    }
+/// Where the column of an output stands in the row of a panel.
+fn place<T: Float>(width: usize, output: usize) -> usize {
+    let ((lanes, vectors), column) = (row_shape::<T>(), output % width);
+    column % lanes * vectors + column / lanes
 }
 
 fn bits<T: Float>(numbers: &[T]) -> &[u16] {
@@ -136,7 +148,7 @@ fn bits_mut<T: Float>(numbers: &mut [T]) -> &mut [u16] {
 pub fn product_bf16<T: Float, E: Epilogue<T>>(
     y: &mut [T],
     x: &[T],
-    weights: &[&Bf16Rhs<T>],
+    weights: &[Arc<Bf16Rhs<T>>],
     epilogue: &E,
 ) -> Result<()> {
     let outputs = weights.iter().map(|w| w.outputs).sum();
@@ -146,7 +158,8 @@ pub fn product_bf16<T: Float, E: Epilogue<T>>(
         return Ok(());
     }
     let mut first = 0;
-    for &w in weights {
+    for w in weights {
+        ensure!(!w.is_table(), Internal, "bf16: a table was not packed for a product");
         let part = MatMut::with_stride(&mut y[first..], rows, w.outputs, outputs)?;
         gemm(part, Mat::new(x, rows, w.depth)?, Rhs::Bf16(w), Beta::Assign, &Part { epilogue, first })?;
         first += w.outputs;

@@ -232,8 +232,8 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
                             (b.panels[ks.start * tile_cols..].as_ptr(), tile_cols, panel_len(depth, tile_cols))
                         }
                         Rhs::Bf16(b) => {
-                            let row = Bf16Rhs::<T>::row_len();
-                            (b.panels()[ks.start * row..].as_ptr(), row, panel_len(depth, row))
+                            let (panels, row) = b.panels();
+                            (panels[ks.start * row..].as_ptr(), row, panel_len(depth, row))
                         }
                         Rhs::Plain(b) if pack_b => {
                             let b = b.rows(steps(&ks))?.columns(cols.clone())?;

@@ -377,10 +377,11 @@ fn a_weight_kept_in_bf16_is_a_rounded_one_bit_for_bit() {
             .map(|&width| {
                 let (weight, after) = rest.split_at(width * depth);
                 rest = after;
-                Bf16Rhs::new(weight, width, depth).unwrap()
+                let mut kept = Bf16Rhs::zeros(width, depth).unwrap();
+                kept.set(weight).unwrap();
+                std::sync::Arc::new(kept)
             })
             .collect();
-        let kept: Vec<_> = kept.iter().collect();
         for threads in [1, 3] {
             let (mut expected, mut got) = (vec![T::ONE; rows * n], vec![T::ONE; rows * n]);
             with_local_limit(threads, || {
@@ -394,9 +395,15 @@ fn a_weight_kept_in_bf16_is_a_rounded_one_bit_for_bit() {
         let mut first = 0;
         for w in kept {
             let mut values = vec![T::ONE; w.outputs * depth];
-            w.values(&mut values).unwrap();
-            assert_eq!(values, rounded[first..first + values.len()]);
+            let mut table = Bf16Rhs::table(w.outputs, depth).unwrap();
+            table.set(&weight[first..first + values.len()]).unwrap();
+            for one in [&w, &table, &table.packed().unwrap(), &w.packed().unwrap(), &table.copy().unwrap()] {
+                values.fill(T::ONE);
+                one.values(&mut values).unwrap();
+                assert_eq!(values, rounded[first..first + values.len()]);
+            }
             assert!(Bf16Rhs::foreign(&values).is_none());
+            assert!(table.is_table() && !w.is_table());
             first += values.len();
         }
     }
@@ -425,7 +432,8 @@ fn bf16_rounds_to_nearest_even_and_keeps_what_it_can() {
         (f32::MAX, f32::INFINITY),
     ];
     let numbers = cases.map(|(given, _)| given);
-    let w = Bf16Rhs::new(&numbers, 1, numbers.len()).unwrap();
+    let mut w = Bf16Rhs::zeros(1, numbers.len()).unwrap();
+    w.set(&numbers).unwrap();
     let mut row = [1.0; 7];
     w.row(0, &mut row);
     assert_eq!(row.map(f32::to_bits), cases.map(|(_, kept)| kept.to_bits()));
