@@ -105,7 +105,14 @@ impl<T: Float> Bf16Rhs<T> {
     /// The numbers of one output, (K,).
     pub fn row(&self, output: usize, to: &mut [T]) {
         debug_assert_eq!(to.len(), self.depth);
-        to.iter_mut().zip(self.bits(output)).for_each(|(to, bits)| *to = T::from_f64(bf16::from_bits(bits).to_f64()));
+        let wide = |bits: u16| T::from_f64(f64::from(f32::from_bits(u32::from(bits) << 16)));
+        match self.is_table() {
+            true => {
+                let row = &bits(&self.panels)[output * panel_len(self.depth, 1)..];
+                to.iter_mut().zip(row).for_each(|(to, &bits)| *to = wide(bits));
+            }
+            false => to.iter_mut().zip(self.bits(output)).for_each(|(to, bits)| *to = wide(bits)),
+        }
     }
 
     /// All numbers, as they were given but for the rounding.
