@@ -419,7 +419,11 @@ fn buffers_are_aligned_and_refuse_politely() {
     }
     // Two huge pages.
     let mut buffer = Buffer::<f32>::zeroed(1 << 20).unwrap();
-    assert!(buffer.as_ptr() as usize % (2 << 20) == 0 && buffer.len() == 1 << 20 && buffer.iter().all(|x| *x == 0.0));
+    assert!(
+        (buffer.as_ptr() as usize).is_multiple_of(2 << 20)
+            && buffer.len() == 1 << 20
+            && buffer.iter().all(|x| *x == 0.0)
+    );
     buffer.fill(1.0);
     assert!(Buffer::<f32>::default().is_empty());
     for len in [usize::MAX, usize::MAX / 4, 1 << 60] {
