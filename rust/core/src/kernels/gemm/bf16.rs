@@ -3,8 +3,9 @@
 use half::bf16;
 use std::sync::Arc;
 
+use super::form::Widened;
 use super::pack::panel_len;
-use super::{Beta, Epilogue, Mat, MatMut, Rhs, gemm};
+use super::{Beta, Epilogue, Mat, MatMut, Rhs, product, spread};
 use crate::error::Result;
 use crate::simd::{Buffer, Float, Simd};
 use crate::{ensure, kernel, threads};
@@ -168,7 +169,10 @@ pub fn product_bf16<T: Float, E: Epilogue<T>>(
     for w in weights {
         ensure!(!w.is_table(), Internal, "bf16: a table was not packed for a product");
         let part = MatMut::with_stride(&mut y[first..], rows, w.outputs, outputs)?;
-        gemm(part, Mat::new(x, rows, w.depth)?, Rhs::Bf16(w), Beta::Assign, &Part { epilogue, first })?;
+        let (x, epilogue) = (Mat::new(x, rows, w.depth)?, Part { epilogue, first });
+        spread((rows, w.outputs, w.depth), |workers| {
+            product::<T, _, Widened>(part, x, Rhs::Bf16(w), Beta::Assign, &epilogue, workers)
+        })?;
         first += w.outputs;
     }
     Ok(())

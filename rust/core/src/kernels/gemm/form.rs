@@ -40,6 +40,8 @@ pub(super) trait Form: Copy + Send + Sync + 'static {
     const BLOCK: usize = 1;
     /// Whether operands may be read where they lie.
     const IN_PLACE: bool;
+    /// Whether B is kept in bf16.
+    const WIDENS: bool = false;
     /// How packed operands are multiplied.
     type Packed: Form;
 
@@ -114,6 +116,7 @@ impl Form for Exact {
 impl Form for Widened {
     const STEPS: usize = 1;
     const IN_PLACE: bool = true;
+    const WIDENS: bool = true;
     type Packed = Widened;
 
     #[inline(always)]

@@ -35,7 +35,7 @@ use std::ops::Range;
 use crate::error::Result;
 use crate::simd::{Buffer, Float, l1_ways};
 use crate::{ensure, kernel, threads};
-use form::{Exact, Form, Pairs, Rounded, Widened};
+use form::{Exact, Form, Pairs, Rounded};
 use pack::panel_len;
 use tile::{KC, Operands};
 
@@ -48,7 +48,7 @@ pub enum Rhs<'a, T> {
     Plain(Mat<'a, T>),
     /// Packed before.
     Packed(&'a PackedRhs<T>),
-    /// Kept in bf16; it is multiplied in f32.
+    /// Kept in bf16 and multiplied in f32, by [`product_bf16`] alone.
     Bf16(&'a Bf16Rhs<T>),
 }
 
@@ -139,10 +139,8 @@ pub fn gemm_with<'a, T: Float, E: Epilogue<T>>(
     epilogue: &E,
 ) -> Result<()> {
     let b = b.into();
-    let work = c.rows.max(LEAST_ROWS).saturating_mul(c.cols).saturating_mul(a.cols);
     let empty = c.rows == 0 || c.cols == 0 || a.cols == 0;
-    let run = |workers| match (precision, b) {
-        (_, Rhs::Bf16(_)) => product::<T, E, Widened>(c, a, b, beta, epilogue, workers),
+    spread((c.rows, c.cols, a.cols), |workers| match (precision, b) {
         (Precision::Full, _) | (_, Rhs::Packed(_)) => product::<T, E, Exact>(c, a, b, beta, epilogue, workers),
         #[cfg(target_arch = "x86_64")]
         (Precision::Bf16, Rhs::Plain(b)) if form::tiles::<T>() && !empty => {
@@ -150,7 +148,12 @@ pub fn gemm_with<'a, T: Float, E: Epilogue<T>>(
         }
         (Precision::Bf16, _) if form::pairs::<T>() => product::<T, E, Pairs<1>>(c, a, b, beta, epilogue, workers),
         (Precision::Bf16, _) => product::<T, E, Rounded>(c, a, b, beta, epilogue, workers),
-    };
+    })
+}
+
+/// Runs a product of this size with as many workers as it is worth.
+fn spread((rows, cols, depth): (usize, usize, usize), run: impl FnOnce(usize) -> Result<()>) -> Result<()> {
+    let work = rows.max(LEAST_ROWS).saturating_mul(cols).saturating_mul(depth);
     if work < SERIAL_BELOW {
         return run(1);
     }
@@ -178,6 +181,7 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
     workers: usize,
 ) -> Result<()> {
     let (m, n, depth) = check(&c, &a, b.shape(), epilogue)?;
+    ensure!(matches!(b, Rhs::Bf16(_)) == F::WIDENS, Internal, "gemm: `product_bf16` alone reads what is kept in bf16");
     if m == 0 || n == 0 {
         return Ok(());
     }
