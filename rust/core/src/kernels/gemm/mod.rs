@@ -430,7 +430,9 @@ kernel! {
         let at_once = tile::panels_at_once(rows.len());
         // A panel comes from memory while the one before it is multiplied, each tile of rows asking for its share; the first one,
         // and every one that is read once only, just ahead of its use.
-        let share = tile_cols.div_ceil(rows.len().div_ceil(tile_rows));
+        let tiles = rows.len().div_ceil(tile_rows);
+        let share = slab.b_k.div_ceil(tiles.max(1));
+        let packed = slab.b_panel > slab.k * slab.b_k; // else the next panel lies beside, not behind this one
         for ks in blocks(slab.k, step) {
             let mut col = cols.start;
             while col < cols.end {
@@ -446,9 +448,9 @@ kernel! {
                     } else {
                         left_rows.min(tile_rows)
                     };
-                    let (ahead, ahead_k) = if row == rows.start && (col == cols.start || share == tile_cols) {
+                    let (ahead, ahead_k) = if row == rows.start && (col == cols.start || tiles == 1) {
                         (b.wrapping_add(tile::AHEAD * slab.b_k), slab.b_k)
-                    } else if slab.b_k == tile_cols && left > tile_cols {
+                    } else if packed && left > tile_cols {
                         (next, share)
                     } else {
                         (b, 0)
