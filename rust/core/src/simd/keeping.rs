@@ -12,13 +12,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// Bytes of a block from which on the system maps memory anew.
 const SMALLEST: usize = 64 << 10;
 /// Bytes that are kept at most.
-const MOST: usize = 64 << 20;
+const MOST: usize = 32 << 20;
 /// Blocks that are kept at most.
 const BLOCKS: usize = 64;
 /// The largest alignment of what is kept.
 const ALIGNMENT: usize = 16;
 
-/// For `#[global_allocator]`: the system's allocator, behind at most 64 MiB in blocks that were freed. The oldest leave first.
+/// For `#[global_allocator]`: the system's allocator, behind at most 32 MiB in blocks that were freed. The oldest leave first.
 #[derive(Debug)]
 pub struct Keeping;
 
