@@ -1,6 +1,7 @@
 //! Gradients of the parameters: a flat arena over the trainable ranges.
 
-use super::params::{ParamId, Params, Stored};
+use super::layout::{ParamId, Stored};
+use super::params::Params;
 use crate::error::Result;
 use crate::kernels::Beta;
 use crate::simd::{Buffer, Float};

@@ -6,14 +6,16 @@
 mod backward;
 mod gradcheck;
 mod grads;
+mod layout;
 mod params;
 mod tensor;
 
 pub use backward::{Backward, Operation, VarGrads};
 pub use gradcheck::gradcheck;
 pub use grads::Grads;
+pub use layout::{Builder, Entry, Init, Layout, ParamId, StatId, Stored};
 pub(crate) use params::check_bf16;
-pub use params::{Builder, CompactRhs, Entry, Init, Layout, ParamId, Params, StatId, Stored};
+pub use params::{CompactRhs, Params};
 pub use tensor::{Pool, Tensor};
 
 use crate::bail;

@@ -1,5 +1,6 @@
-//! Parameters by name in one flat arena.
+//! The numbers of a model's parameters, in one flat arena.
 
+use super::layout::{Entry, Init, Layout, ParamId, StatId, Stored};
 use crate::error::{Error, Result, Shape};
 use crate::kernels::gemm::{Bf16Rhs, Mat, PackedRhs};
 use crate::kernels::int8::{Int8Matrix, Int8Rhs};
@@ -8,228 +9,7 @@ use crate::simd::{Buffer, Float};
 use crate::threads::{GRAIN, for_each};
 use crate::{bail, ensure};
 use std::collections::HashMap;
-use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
-
-/// A parameter: an index into its layout.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ParamId(u32);
-
-impl ParamId {
-    pub(super) fn index(self) -> usize {
-        self.0 as usize
-    }
-
-    pub(super) fn from_index(i: usize) -> Self {
-        ParamId(i as u32)
-    }
-}
-
-/// A statistic kept beside the parameters (BatchNorm's running mean and variance), never trained.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct StatId(u32);
-
-/// What the matrices of a model are kept in; its vectors are always f32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stored {
-    /// As they are trained.
-    F32,
-    /// All of them rounded to bf16; products widen them and are those of f32.
-    Bf16,
-    /// Those of linear maps in int8, with a scale for each output.
-    Int8,
-}
-
-impl Stored {
-    /// What users call it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Stored::F32 => "f32",
-            Stored::Bf16 => "bf16",
-            Stored::Int8 => "int8",
-        }
-    }
-
-    /// What users call so.
-    pub fn of_name(name: &str) -> Option<Self> {
-        [Stored::F32, Stored::Bf16, Stored::Int8].into_iter().find(|stored| stored.name() == name)
-    }
-}
-
-/// How a parameter starts.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Init {
-    /// All the same value.
-    Constant(f64),
-    /// Normal with mean 0.
-    Normal {
-        /// Its standard deviation.
-        std: f64,
-    },
-    /// Uniform in ±√(6 / (fan_in + fan_out)) for an (out, in) matrix (Glorot and Bengio 2010).
-    Xavier,
-}
-
-/// A named range of an arena.
-#[derive(Clone, Debug)]
-pub struct Entry {
-    /// The checkpoint key.
-    pub name: String,
-    /// Its shape, row-major; linear weights are (out, in).
-    pub shape: Vec<usize>,
-    /// What it is kept in.
-    pub stored: Stored,
-    /// Its elements in the arena; none where it is kept in another form.
-    pub range: Range<usize>,
-    /// Where it is kept in int8: the checkpoint key of its scales, one for each output.
-    pub scale: Option<String>,
-    init: Init,
-}
-
-/// Declares parameters while layers are built. `within` sets the prefix of the names inside it.
-#[derive(Debug, Default)]
-pub struct Builder {
-    prefix: String,
-    params: Vec<Entry>,
-    stats: Vec<Entry>,
-    sites: u32,
-}
-
-impl Builder {
-    /// An empty declaration.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Runs `build` with `name.` in front of every name declared inside.
-    pub fn within<R>(&mut self, name: &str, build: impl FnOnce(&mut Self) -> R) -> R {
-        let length = self.prefix.len();
-        self.prefix.push_str(name);
-        self.prefix.push('.');
-        let built = build(self);
-        self.prefix.truncate(length);
-        built
-    }
-
-    /// Declares one parameter on its own cache lines.
-    pub fn param(&mut self, name: &str, shape: &[usize], init: Init) -> ParamId {
-        self.group(&[(name, shape, init)])[0]
-    }
-
-    /// Declares parameters stored without gaps, so that one GEMM can read them as one matrix.
-    pub fn group(&mut self, members: &[(&str, &[usize], Init)]) -> Vec<ParamId> {
-        let first = self.params.len() as u32;
-        let mut start = self.params.last().map_or(0, |e| e.range.end.next_multiple_of(16));
-        for (name, shape, init) in members {
-            let end = start + shape.iter().product::<usize>();
-            let (name, shape) = (self.full(name), shape.to_vec());
-            let (stored, range) = (Stored::F32, start..end);
-            self.params.push(Entry { name, shape, stored, range, scale: None, init: *init });
-            start = end;
-        }
-        (first..self.params.len() as u32).map(ParamId).collect()
-    }
-
-    /// Declares a statistic.
-    pub fn stat(&mut self, name: &str, len: usize, start: f64) -> StatId {
-        let begin = self.stats.last().map_or(0, |e| e.range.end);
-        self.stats.push(Entry {
-            name: self.full(name),
-            shape: vec![len],
-            stored: Stored::F32,
-            range: begin..begin + len,
-            scale: None,
-            init: Init::Constant(start),
-        });
-        StatId(self.stats.len() as u32 - 1)
-    }
-
-    /// The whole name. A layer that stands alone has an empty name: `.weight` is `weight`.
-    fn full(&self, name: &str) -> String {
-        format!("{}{name}", self.prefix).trim_start_matches('.').to_string()
-    }
-
-    /// A number for one place where dropout acts.
-    pub fn site(&mut self) -> u32 {
-        self.sites += 1;
-        self.sites
-    }
-
-    /// Ends the declaration.
-    pub fn finish(self) -> Layout {
-        let by_name = self.params.iter().enumerate().map(|(i, e)| (e.name.clone(), ParamId(i as u32))).collect();
-        Layout { params: self.params, stats: self.stats, by_name, stored: Stored::F32 }
-    }
-}
-
-/// Names, shapes and ranges of all parameters and statistics of a model.
-#[derive(Debug)]
-pub struct Layout {
-    params: Vec<Entry>,
-    stats: Vec<Entry>,
-    by_name: HashMap<String, ParamId>,
-    stored: Stored,
-}
-
-impl Layout {
-    /// Every parameter in the order of declaration.
-    pub fn ids(&self) -> impl ExactSizeIterator<Item = ParamId> + use<> {
-        (0..self.params.len() as u32).map(ParamId)
-    }
-
-    /// Every statistic in the order of declaration.
-    pub fn stat_ids(&self) -> impl ExactSizeIterator<Item = StatId> + use<> {
-        (0..self.stats.len() as u32).map(StatId)
-    }
-
-    /// Name, shape and range of a parameter.
-    pub fn entry(&self, id: ParamId) -> &Entry {
-        &self.params[id.0 as usize]
-    }
-
-    /// Name, shape and range of a statistic.
-    pub fn stat_entry(&self, id: StatId) -> &Entry {
-        &self.stats[id.0 as usize]
-    }
-
-    /// The parameter of a name.
-    pub fn find(&self, name: &str) -> Option<ParamId> {
-        self.by_name.get(name).copied()
-    }
-
-    /// The same parameters, as a model declares them, with its matrices in another form, all but some; in int8 those of
-    /// linear maps alone. They have no elements in the arena; groups stay without gaps.
-    pub fn stored_in(&self, stored: Stored, except: &[ParamId]) -> Layout {
-        let (mut params, mut old_end, mut end) = (Vec::with_capacity(self.params.len()), 0, 0usize);
-        for (id, entry) in self.ids().zip(&self.params) {
-            let start = if entry.range.start == old_end { end } else { end.next_multiple_of(16) };
-            old_end = entry.range.end;
-            let turns = match stored {
-                Stored::F32 => false,
-                Stored::Bf16 => entry.shape.len() == 2,
-                Stored::Int8 => entry.init == Init::Xavier,
-            };
-            let own = if turns && !except.contains(&id) { stored } else { Stored::F32 };
-            end = start + if own == Stored::F32 { entry.range.len() } else { 0 };
-            let scale = (own == Stored::Int8).then(|| format!("{}_scale", entry.name));
-            params.push(Entry { stored: own, range: start..end, scale, ..entry.clone() });
-        }
-        Layout { params, stats: self.stats.clone(), by_name: self.by_name.clone(), stored }
-    }
-
-    /// What matrices are kept in.
-    pub fn stored(&self) -> Stored {
-        self.stored
-    }
-
-    fn len(&self) -> usize {
-        self.params.last().map_or(0, |e| e.range.end)
-    }
-
-    fn stats_len(&self) -> usize {
-        self.stats.last().map_or(0, |e| e.range.end)
-    }
-}
 
 /// The numbers: one flat arena of parameters, one of statistics, and which parameters train.
 #[derive(Debug)]
@@ -371,7 +151,7 @@ impl<T: Float> Params<T> {
     /// The same values in another layout of these parameters: matrices rounded to bf16, to the nearest of 255 numbers of each
     /// output, or widened from bf16. What was rounded is not rounded once more to less.
     pub fn convert(&self, layout: Arc<Layout>) -> Result<Self> {
-        match (self.stored(), layout.stored) {
+        match (self.stored(), layout.stored()) {
             (Stored::F32, _) | (Stored::Bf16, Stored::F32 | Stored::Bf16) => {}
             (from, Stored::Int8) => {
                 bail!(Unsupported, "quantize: the weights are in {} already; quantize the f32 model", from.name())
@@ -410,7 +190,7 @@ impl<T: Float> Params<T> {
 
     /// What matrices are kept in. Only those in f32 are trained.
     pub fn stored(&self) -> Stored {
-        self.layout.stored
+        self.layout.stored()
     }
 
     /// A matrix that is kept in bf16.
@@ -538,12 +318,12 @@ impl<T: Float> Params<T> {
 
     /// Whether a parameter is trained.
     pub fn is_trainable(&self, id: ParamId) -> bool {
-        self.trainable[id.0 as usize]
+        self.trainable[id.index()]
     }
 
     /// Freezes a parameter or sets it free. Gradients made before no longer fit.
     pub fn set_trainable(&mut self, id: ParamId, trainable: bool) {
-        self.trainable[id.0 as usize] = trainable;
+        self.trainable[id.index()] = trainable;
     }
 }
 
@@ -581,6 +361,7 @@ fn fill<T: Float>(to: &mut [T], first: usize, shape: &[usize], init: Init, key: 
 
 #[cfg(test)]
 mod tests {
+    use super::super::layout::Builder;
     use super::*;
 
     fn two_linears() -> Arc<Layout> {
