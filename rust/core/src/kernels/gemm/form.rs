@@ -46,11 +46,21 @@ pub(super) trait Form: Copy + Send + Sync + 'static {
     type Packed: Form;
 
     /// Units of LANES columns, from one row of a factor and, with two steps, the row behind it.
-    fn unit<T: Float, S: Simd<T>>(s: S, first: S::V, second: S::V) -> S::V;
+    #[inline(always)]
+    fn unit<T: Float, S: Simd<T>>(s: S, first: S::V, second: S::V) -> S::V {
+        let _ = (s, second);
+        first
+    }
     /// LANES units of one row that is contiguous along K, from its next numbers and, with two steps, those behind them.
-    fn adjacent<T: Float, S: Simd<T>>(s: S, low: S::V, high: S::V) -> S::V;
+    #[inline(always)]
+    fn adjacent<T: Float, S: Simd<T>>(s: S, low: S::V, high: S::V) -> S::V {
+        Self::unit(s, low, high)
+    }
     /// c + a · b, over the steps of the units.
-    fn multiply_add<T: Float, S: Simd<T>>(s: S, a: S::V, b: S::V, c: S::V) -> S::V;
+    #[inline(always)]
+    fn multiply_add<T: Float, S: Simd<T>>(s: S, a: S::V, b: S::V, c: S::V) -> S::V {
+        s.mul_add(a, b, c)
+    }
 
     /// V vectors of a row of B; where PART, the first `used` lanes of each, and zeros.
     /// # Safety
@@ -98,19 +108,6 @@ impl Form for Exact {
     const STEPS: usize = 1;
     const IN_PLACE: bool = true;
     type Packed = Exact;
-
-    #[inline(always)]
-    fn unit<T: Float, S: Simd<T>>(_: S, first: S::V, _: S::V) -> S::V {
-        first
-    }
-    #[inline(always)]
-    fn adjacent<T: Float, S: Simd<T>>(_: S, low: S::V, _: S::V) -> S::V {
-        low
-    }
-    #[inline(always)]
-    fn multiply_add<T: Float, S: Simd<T>>(s: S, a: S::V, b: S::V, c: S::V) -> S::V {
-        s.mul_add(a, b, c)
-    }
 }
 
 impl Form for Widened {
@@ -119,18 +116,6 @@ impl Form for Widened {
     const WIDENS: bool = true;
     type Packed = Widened;
 
-    #[inline(always)]
-    fn unit<T: Float, S: Simd<T>>(_: S, first: S::V, _: S::V) -> S::V {
-        first
-    }
-    #[inline(always)]
-    fn adjacent<T: Float, S: Simd<T>>(_: S, low: S::V, _: S::V) -> S::V {
-        low
-    }
-    #[inline(always)]
-    fn multiply_add<T: Float, S: Simd<T>>(s: S, a: S::V, b: S::V, c: S::V) -> S::V {
-        s.mul_add(a, b, c)
-    }
     #[inline(always)]
     unsafe fn row<T: Float, S: Simd<T>, const V: usize, const PART: bool>(
         s: S,
@@ -155,14 +140,6 @@ impl Form for Rounded {
         let upper = s.sub(scaled, s.sub(scaled, first));
         // What would overflow is infinite, or as good as that for a product.
         s.select(s.lt(s.abs(first), s.splat(T::from_f64(1e33))), upper, first)
-    }
-    #[inline(always)]
-    fn adjacent<T: Float, S: Simd<T>>(s: S, low: S::V, high: S::V) -> S::V {
-        Self::unit(s, low, high)
-    }
-    #[inline(always)]
-    fn multiply_add<T: Float, S: Simd<T>>(s: S, a: S::V, b: S::V, c: S::V) -> S::V {
-        s.mul_add(a, b, c)
     }
 }
 
