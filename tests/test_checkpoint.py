@@ -4,13 +4,13 @@ import contextlib
 import json
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+from small_models import header_of, write
 
 import transformer_rs as tr
 
@@ -33,17 +33,6 @@ def assert_same(one, other):
     assert one.keys() == other.keys()
     for name, array in one.items():
         assert np.array_equal(array, other[name]), name
-
-
-def header_of(path):
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
-def write(path, header, data):
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 @pytest.mark.parametrize(
