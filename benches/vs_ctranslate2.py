@@ -43,6 +43,7 @@ from benches.common import (
 )
 
 VOCAB, D_MODEL, HEADS, LAYERS, D_FF, LENGTH = 32_000, 512, 8, 6, 2048, 32
+EPS = 1e-5
 FIRST_ID = 3  # 0 is padding, 1 begins and 2 ends a sentence
 TURNS = 4  # at most: a turn of the rival takes seconds
 
@@ -73,13 +74,13 @@ COMPUTE_TYPES = {"f32": "float32", "bf16": "float32", "int8": "int8_float32"}  #
 BYTES = {"f32": 4, "bf16": 2, "int8": 1}
 
 
-def write_models(folder: Path) -> None:
-    """The same weights for both, in each precision."""
+def write_ours(folder: Path) -> dict[str, dict[str, Array]]:
+    """Our model in each precision; gives the weights that make up each."""
     import transformer_rs as tr
 
     config = tr.TransformerConfig(
         src_vocab=VOCAB, tgt_vocab=VOCAB, d_model=D_MODEL, n_heads=HEADS, d_ff=D_FF, n_encoder_layers=LAYERS,
-        n_decoder_layers=LAYERS, norm_first=True, activation="relu", positions="sinusoidal",
+        n_decoder_layers=LAYERS, norm_first=True, norm_eps=EPS, activation="relu", positions="sinusoidal",
     )  # fmt: skip
     model = tr.Transformer(config, seed=0)
     bias = np.random.default_rng(0).normal(0, 0.1, VOCAB).astype(np.float32)
@@ -88,13 +89,18 @@ def write_models(folder: Path) -> None:
     rounded = model.astype("bf16")
     for precision, ours in (("f32", model), ("bf16", rounded), ("int8", model.quantize("int8"))):
         ours.save(folder / f"ours {precision}")
+    return {"f32": model.state_dict(), "bf16": rounded.state_dict(), "int8": model.state_dict()}
+
+
+def write_models(folder: Path) -> None:
+    """The same weights for both, in each precision."""
+    for precision, weights in write_ours(folder).items():
         place = folder / f"ctranslate2 {precision}"
         place.mkdir()
-        weights = (rounded if precision == "bf16" else model).state_dict()
-        write_ctranslate2(weights, place, config.norm_eps, precision)
+        write_ctranslate2(weights, place, precision)
 
 
-def write_ctranslate2(weights: dict[str, Array], folder: Path, eps: float, precision: str) -> None:
+def write_ctranslate2(weights: dict[str, Array], folder: Path, precision: str) -> None:
     from ctranslate2.specs import TransformerSpec
 
     spec = TransformerSpec.from_config(LAYERS, HEADS, pre_norm=True)
@@ -131,7 +137,7 @@ def write_ctranslate2(weights: dict[str, Array], folder: Path, eps: float, preci
     words = ["<unk>", "<s>", "</s>", *map(str, range(FIRST_ID, VOCAB))]
     spec.register_source_vocabulary(words)
     spec.register_target_vocabulary(words)
-    spec.config.layer_norm_epsilon = eps
+    spec.config.layer_norm_epsilon = EPS
     spec.validate()
     spec.optimize(precision if precision == "int8" else None)
     spec.save(str(folder))

@@ -293,10 +293,8 @@ impl<T: Real> Walk for Recorded<T> {
             }
             let mut grads = Grads::new(&weights.params)?;
             let mut dvars = self.tape.backward(&weights.params, &mut grads, [(self.output, dy)])?;
-            grads.complete();
-            let ranges: Vec<_> = grads.ranges().collect();
-            let of = |id: ParamId| ranges.iter().find(|(other, ..)| *other == id).map(|(_, here, _)| here.clone());
-            let dw = |id: ParamId| of(id).and_then(|range| grads.arena().get(range)).map(copy).transpose();
+            grads.complete(&mut self.tape.pool)?;
+            let dw = |id: ParamId| grads.get(id).map(copy).transpose();
 
             let mut taken: Vec<(Var, Option<Tensor<T>>)> = Vec::new();
             let mut arguments: Vec<Option<Gradient<T>>> = Vec::new();
@@ -323,6 +321,7 @@ impl<T: Real> Walk for Recorded<T> {
                 named.extend(dw(id)?.map(|dw| (entry.name.clone(), entry.shape.clone(), dw)));
             }
             drop(weights);
+            grads.release(&mut self.tape.pool);
             taken.into_iter().filter_map(|(_, dx)| dx).for_each(|dx| self.tape.pool.recycle(dx));
             let statistics = self.tape.take_statistics();
             if !statistics.is_empty() {

@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use std::sync::Mutex;
 use transformer_core::checkpoint::NamedArray;
 use transformer_core::error::Error;
-use transformer_core::tape::Grads;
+use transformer_core::tape::{Grads, Pool};
 use transformer_core::threads::uninterrupted;
 use transformer_core::train::{self, Optimizer, Schedule, check_norm, global_norm, set_gradients};
 
@@ -48,7 +48,7 @@ impl OptimizerState {
                 }
             };
             grads.reset();
-            set_gradients(params, grads, &arrays)?;
+            set_gradients(params, grads, &mut Pool::default(), &arrays)?;
             check_norm("argument `grads`", params, grads, global_norm(grads)?)?;
             uninterrupted(|| state.update(&self.optimizer, params, grads, lr, 1.0))
         })

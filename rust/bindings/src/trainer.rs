@@ -27,7 +27,7 @@ type Packed<'py> =
 struct State {
     trainer: train::Trainer,
     place: Place,
-    /// What `gradients` made last: `apply` takes its arena and its running statistics.
+    /// What `gradients` made last: `apply` takes its memory and its running statistics.
     last: Option<Gradients>,
 }
 
@@ -152,7 +152,7 @@ impl Trainer {
                 let mut gradients = state.trainer.blank(params, last)?;
                 let arrays: Vec<NamedArray<'_>> =
                     given.iter().map(|(name, shape, values)| (name.as_str(), &shape[..], &values[..])).collect();
-                match gradients.set(params, &arrays) {
+                match state.trainer.set(&mut gradients, params, &arrays) {
                     Ok(()) => state.trainer.apply(params, gradients).map(|_| ()),
                     Err(error) => {
                         state.last = Some(gradients);

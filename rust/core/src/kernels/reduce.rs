@@ -5,7 +5,7 @@ use super::lanes::map;
 use crate::error::Result;
 use crate::kernel;
 use crate::simd::Float;
-use crate::threads::{GRAIN, for_each};
+use crate::threads::{GRAIN, for_each, gather};
 
 /// Rows of one partial sum. Part of the numeric contract: another value gives other bits.
 pub const ROW_BLOCK: usize = 64;
@@ -91,20 +91,29 @@ kernel! {
     }
 }
 
-/// Σ x², in f64 throughout: the square of a gradient's norm.
-pub fn sum_of_squares<T: Float>(x: &[T]) -> Result<f64> {
-    let mut partials = vec![0.0; x.len().div_ceil(GRAIN)];
-    for_each(partials.iter_mut().zip(x.chunks(GRAIN)), |(partial, x)| *partial = block_of_squares(x))?;
-    Ok(sum(&partials))
+/// Σ x² over all parts, in f64 throughout: the square of a gradient's norm.
+pub fn sum_of_squares<'a, T: Float>(parts: impl Iterator<Item = &'a [T]>) -> Result<f64> {
+    total(parts.flat_map(|part| part.chunks(GRAIN)), |x| x.len(), |x| block_of_squares(x))
 }
 
-/// x *= a, and Σ x² of what it is now, in the pass.
-pub fn scale_assign_and_square<T: Float>(x: &mut [T], a: T) -> Result<f64> {
-    let mut partials = vec![0.0; x.len().div_ceil(GRAIN)];
-    for_each(partials.iter_mut().zip(x.chunks_mut(GRAIN)), |(partial, x)| {
+/// x *= a for all parts x, and Σ x² of what they are now, in the pass.
+pub fn scale_assign_and_square<'a, T: Float>(parts: impl Iterator<Item = &'a mut [T]>, a: T) -> Result<f64> {
+    let square = |x: &mut [T]| {
         scale_row(x, a);
-        *partial = block_of_squares(x);
-    })?;
+        block_of_squares(x)
+    };
+    total(parts.flat_map(|part| part.chunks_mut(GRAIN)), |x| x.len(), square)
+}
+
+/// The sum of a number of each piece: over tasks of a fixed size, then in a fixed tree.
+fn total<P: Send>(
+    pieces: impl Iterator<Item = P>,
+    len: impl Fn(&P) -> usize,
+    number: impl Fn(P) -> f64 + Sync,
+) -> Result<f64> {
+    let tasks = gather(pieces, len);
+    let mut partials = vec![0.0; tasks.len()];
+    for_each(partials.iter_mut().zip(tasks), |(partial, task)| *partial = task.into_iter().map(&number).sum())?;
     Ok(sum(&partials))
 }
 
@@ -148,8 +157,13 @@ mod tests {
         let mut x: Vec<f32> = normal(3 * GRAIN + 5, 1);
         let mut scaled = x.clone();
         super::super::elementwise::scale_assign(&mut scaled, 0.3).unwrap();
-        let squares = scale_assign_and_square(&mut x, 0.3).unwrap();
-        assert!(x == scaled && squares == sum_of_squares(&x).unwrap());
+        let parts = |x: &[f32]| [5, 0, 2 * GRAIN, 7, x.len() - 12 - 2 * GRAIN];
+        let mut rest = &mut x[..];
+        let cut = parts(rest).map(|n| rest.split_off_mut(..n).unwrap());
+        let squares = scale_assign_and_square(cut.into_iter(), 0.3).unwrap();
+        let mut rest = &scaled[..];
+        let cut = parts(rest).map(|n| rest.split_off(..n).unwrap());
+        assert!(x == scaled && squares == sum_of_squares(cut.into_iter()).unwrap());
     }
 
     #[test]
@@ -160,7 +174,8 @@ mod tests {
                 let mut partials = vec![f32::NAN; partial_rows(x.len() / 7) * 7];
                 sum_blocks(&mut partials, &x[..x.len() / 7 * 7], 7).unwrap();
                 fold_partials(&mut partials, 7).unwrap();
-                (partials[..7].iter().map(|x| x.to_bits()).collect::<Vec<_>>(), sum_of_squares(&x).unwrap().to_bits())
+                let squares = sum_of_squares(std::iter::once(&x[..])).unwrap().to_bits();
+                (partials[..7].iter().map(|x| x.to_bits()).collect::<Vec<_>>(), squares)
             })
         };
         let one = run(1);
@@ -169,12 +184,13 @@ mod tests {
 
     #[test]
     fn the_sum_of_squares_is_exact_where_f32_is_not() {
+        let squares = |x: &[f32]| sum_of_squares([x].into_iter()).unwrap();
         for n in [0, 1, 15, 16, 17, GRAIN, GRAIN + 1, 5 * GRAIN + 9] {
             let x: Vec<f32> = (0..n).map(|i| (i % 1000) as f32).collect();
             let expected: u64 = (0..n).map(|i| (i as u64 % 1000).pow(2)).sum();
-            assert_eq!(sum_of_squares(&x).unwrap(), expected as f64);
+            assert_eq!(squares(&x), expected as f64);
         }
-        assert_eq!(sum_of_squares(&[1e30f32, 1e-30]).unwrap(), (1e30f32 as f64).powi(2) + (1e-30f32 as f64).powi(2));
-        assert!(sum_of_squares(&[1.0f32, f32::NAN]).unwrap().is_nan());
+        assert_eq!(squares(&[1e30, 1e-30]), (1e30f32 as f64).powi(2) + (1e-30f32 as f64).powi(2));
+        assert!(squares(&[1.0, f32::NAN]).is_nan());
     }
 }

@@ -378,8 +378,8 @@ mod tests {
                 let logits = model.logits(&mut tape, &params, hidden, &rows).unwrap();
                 let dy = Tensor::from_slice(40, 3, &crate::kernels::testing::normal(120, 5)).unwrap();
                 tape.backward(&params, &mut grads, [(logits, dy)]).unwrap();
-                grads.complete();
-                grads.arena().iter().map(|g| g.to_bits()).collect::<Vec<_>>()
+                grads.complete(&mut tape.pool).unwrap();
+                grads.iter().flatten().map(|g| g.to_bits()).collect::<Vec<_>>()
             })
         };
         let one = run(1);

@@ -307,8 +307,8 @@ fn gradients_have_the_same_bits_on_any_number_of_threads() {
             let loss = model.loss(&mut tape, &params, &batch, 0.1).unwrap();
             let dy = Tensor::from_slice(1, 1, &[1.0]).unwrap();
             tape.backward(&params, &mut grads, [(loss.loss, dy)]).unwrap();
-            grads.complete();
-            (loss.loss_sum.to_bits(), grads.arena().iter().map(|g| g.to_bits()).collect::<Vec<_>>())
+            grads.complete(&mut tape.pool).unwrap();
+            (loss.loss_sum.to_bits(), grads.iter().flatten().map(|g| g.to_bits()).collect::<Vec<_>>())
         })
     };
     let one = run(1);

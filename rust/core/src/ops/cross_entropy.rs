@@ -252,9 +252,11 @@ impl<T: Float> Operation<T> for OfProjection<T> {
             cx.give(self.x, dx)?;
         }
         for (id, gradient) in self.params {
-            if let (Some(id), Some(gradient)) = (id, gradient) {
-                cx.accumulate_param(id, |dw, beta, _| multiple(dw, beta, scale, &gradient))?;
-                cx.pool.recycle(gradient);
+            if let (Some(id), Some(mut gradient)) = (id, gradient) {
+                if scale != T::ONE {
+                    scale_assign(&mut gradient, scale)?;
+                }
+                cx.give_param(id, gradient)?;
             }
         }
         Ok(())

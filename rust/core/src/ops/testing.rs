@@ -36,8 +36,7 @@ impl<T: Float> Outcome<T> {
     }
 }
 
-/// Runs forward and backward for a random `dy`. The pool and the gradients hold NaN before, so that a buffer which is
-/// not written shows.
+/// Runs forward and backward for a random `dy`. The pool holds NaN before, so that a buffer which is not written shows.
 pub fn run<T: Float>(
     params: &Params<T>,
     inputs: &[Tensor<T>],
@@ -55,7 +54,6 @@ pub fn run<T: Float>(
         None => Tape::recording(pool),
     };
     let mut grads = Grads::new(params)?;
-    grads.arena_mut().fill(T::NAN);
     let mut vars = Vec::new();
     for x in inputs {
         vars.push(tape.leaf(Tensor::from_slice(x.rows(), x.cols(), x)?));

@@ -93,10 +93,15 @@ impl<'a, T: Float> Backward<'a, T> {
         id: ParamId,
         write: impl FnOnce(&mut [T], Beta, &mut Pool<T>) -> Result<()>,
     ) -> Result<()> {
-        match self.grads.slot(id) {
+        match self.grads.slot(id, self.pool)? {
             Some((dw, beta)) => write(dw, beta, self.pool),
             None => Ok(()),
         }
+    }
+
+    /// Gives a parameter its whole gradient: the first is moved in, later ones are added.
+    pub fn give_param(&mut self, id: ParamId, dw: Tensor<T>) -> Result<()> {
+        self.grads.give(id, dw, self.pool)
     }
 
     /// The same for a group at once. False, and nothing written, where its members have to be written one by one.
@@ -105,7 +110,7 @@ impl<'a, T: Float> Backward<'a, T> {
         ids: &[ParamId],
         write: impl FnOnce(&mut [T], Beta, &mut Pool<T>) -> Result<()>,
     ) -> Result<bool> {
-        match self.grads.group_slot(ids) {
+        match self.grads.group_slot(ids, self.pool)? {
             Some((dw, beta)) => write(dw, beta, self.pool).map(|()| true),
             None => Ok(false),
         }
@@ -244,7 +249,7 @@ mod tests {
         let x_again = Tensor::from_slice(2, 3, &x).unwrap();
         let (constant, leaf) = (tape.constant(x), tape.leaf(x_again));
         let mut grads = Grads::new(&params).unwrap();
-        assert!(grads.arena().is_empty());
+        assert!(grads.is_empty());
         square(&mut tape, &params, constant, w, false).unwrap();
         assert!(tape.nodes.is_empty());
         let y = square(&mut tape, &params, leaf, w, false).unwrap();
@@ -257,10 +262,48 @@ mod tests {
     #[test]
     fn missing_gradients_are_named_and_completed() {
         let (params, w, _) = setup();
-        let mut grads = Grads::new(&params).unwrap();
-        grads.arena_mut().fill(7.0);
+        let (mut grads, mut pool) = (Grads::new(&params).unwrap(), Pool::default());
+        pool.recycle(Tensor::from_slice(1, 64, &[7.0; 64]).unwrap());
         assert_eq!(grads.missing().collect::<Vec<_>>(), [w]);
-        grads.complete();
-        assert!(grads.arena()[..6].iter().all(|&g| g == 0.0));
+        assert_eq!(grads.iter().count(), 0);
+        grads.complete(&mut pool).unwrap();
+        assert_eq!(grads.get(w), Some(&[0.0; 6][..]));
+    }
+
+    #[test]
+    fn gradients_lie_where_they_arrived_and_come_in_the_order_of_the_parameters() {
+        let mut b = Builder::new();
+        let normal = Init::Normal { std: 1.0 };
+        let [q, k] = b.group(&[("q", &[2], normal), ("k", &[3], normal)])[..] else { panic!() };
+        let w = b.param("w", &[1], normal);
+        let params = Params::<f64>::init(std::sync::Arc::new(b.finish()), 5).unwrap();
+        let (mut grads, mut pool) = (Grads::new(&params).unwrap(), Pool::default());
+        let mut step = |together: bool| -> Result<()> {
+            grads.give(w, Tensor::from_slice(1, 1, &[6.0])?, &mut pool)?;
+            for beta in [Beta::Assign, Beta::Add] {
+                if together {
+                    let (slot, found) = grads.group_slot(&[q, k], &mut pool)?.unwrap();
+                    assert_eq!((slot.len(), found), (5, beta));
+                    slot.copy_from_slice(&[1.0, 2.0, 3.0, 4.0, 5.0]);
+                } else {
+                    grads.set(k, &[3.0, 4.0, 5.0], &mut pool)?;
+                    assert!(grads.group_slot(&[q, k], &mut pool)?.is_none());
+                    grads.set(q, &[1.0, 2.0], &mut pool)?;
+                }
+            }
+            assert!(grads.group_slot(&[q, k], &mut pool)?.is_some() == together);
+            let expected = [&[1.0, 2.0][..], &[3.0, 4.0, 5.0], &[6.0]];
+            assert!(grads.iter().eq(expected) && grads.iter_mut().eq(expected));
+            assert_eq!((grads.get(k), grads.len()), (Some(&[3.0, 4.0, 5.0][..]), 33));
+            grads.give(w, Tensor::from_slice(1, 1, &[6.0])?, &mut pool)?;
+            assert_eq!(grads.get(w), Some(&[12.0][..]));
+            grads.reset();
+            assert!(grads.iter().next().is_none() && grads.iter_mut().next().is_none());
+            Ok(())
+        };
+        [true, false, true, true].into_iter().for_each(|together| step(together).unwrap());
+        let waits = pool.bytes();
+        grads.release(&mut pool);
+        assert!(pool.bytes() > waits);
     }
 }

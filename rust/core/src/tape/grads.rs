@@ -1,25 +1,32 @@
-//! Gradients of the parameters: a flat arena over the trainable ranges.
+//! Gradients of the parameters.
 
 use super::layout::{ParamId, Stored};
 use super::params::Params;
+use super::{Pool, Tensor};
 use crate::error::Result;
 use crate::kernels::Beta;
-use crate::simd::{Buffer, Float};
+use crate::kernels::elementwise::add_assign;
+use crate::simd::Float;
 use crate::{bail, ensure};
 use std::ops::Range;
 
 /// The gradient of the *summed* loss, so that accumulation over micro-batches is a plain sum; the trainer divides by the
 /// number of tokens once, when all are in.
+///
+/// A gradient has memory from its arrival on, out of the pool that values which the backward pass is done with go back to:
+/// a step needs room for its activations or its gradients, not for both.
 #[derive(Debug)]
 pub struct Grads<T> {
-    data: Buffer<T>,
-    /// Range in this arena and range in the parameter arena, for each trainable parameter.
+    /// The place of each trainable parameter among all of them, and in the parameter arena.
     ranges: Vec<Option<(Range<usize>, Range<usize>)>>,
-    arrived: Vec<bool>,
+    /// Which block holds the gradient of a parameter that has arrived, and from which number on.
+    arrived: Vec<Option<(usize, usize)>>,
+    /// What arrived together: a parameter or a group side by side, at the index of the first. Others wait to be used again.
+    blocks: Vec<Option<Tensor<T>>>,
 }
 
 impl<T: Float> Grads<T> {
-    /// Room for the gradients of all trainable parameters; nothing has arrived yet.
+    /// For the gradients of all trainable parameters; nothing has arrived yet.
     pub fn new(params: &Params<T>) -> Result<Self> {
         ensure!(
             params.stored() == Stored::F32,
@@ -41,7 +48,8 @@ impl<T: Float> Grads<T> {
                 })
             })
             .collect();
-        Ok(Grads { data: Buffer::zeroed(end)?, arrived: vec![false; ranges.len()], ranges })
+        let blocks = ranges.iter().map(|_| None).collect();
+        Ok(Grads { arrived: vec![None; ranges.len()], blocks, ranges })
     }
 
     /// Asked before every gradient GEMM: frozen weights cost nothing.
@@ -49,40 +57,68 @@ impl<T: Float> Grads<T> {
         self.ranges[id.index()].is_some()
     }
 
-    /// Where to put a gradient: the first one assigns, later ones add. `None` for a frozen parameter.
-    pub fn slot(&mut self, id: ParamId) -> Option<(&mut [T], Beta)> {
-        let (range, _) = self.ranges[id.index()].clone()?;
-        let beta = if std::mem::replace(&mut self.arrived[id.index()], true) { Beta::Add } else { Beta::Assign };
-        Some((&mut self.data[range], beta))
+    /// The numbers of a trainable parameter; 0 for a frozen one.
+    fn size(&self, i: usize) -> usize {
+        self.ranges[i].as_ref().map_or(0, |(range, _)| range.len())
     }
 
-    /// One slot for a group of parameters; `None` unless all are trainable, their gradients stand side by side, and they
-    /// agree on whether the next one assigns or adds.
-    pub fn group_slot(&mut self, ids: &[ParamId]) -> Option<(&mut [T], Beta)> {
-        let range = |id: &ParamId| self.ranges[id.index()].as_ref().map(|(range, _)| range.clone());
-        let whole = range(ids.first()?)?.start..range(ids.last()?)?.end;
-        let arrived = self.arrived[ids[0].index()];
-        let mut end = whole.start;
-        for id in ids {
-            let range = range(id)?;
-            if range.start != end || self.arrived[id.index()] != arrived {
-                return None;
+    /// Where to put a gradient: the first one assigns, later ones add. `None` for a frozen parameter.
+    pub fn slot(&mut self, id: ParamId, pool: &mut Pool<T>) -> Result<Option<(&mut [T], Beta)>> {
+        self.group_slot(&[id], pool)
+    }
+
+    /// One slot for the gradients of several parameters side by side; `None` unless all are trainable and have arrived
+    /// like this or not at all.
+    pub fn group_slot(&mut self, ids: &[ParamId], pool: &mut Pool<T>) -> Result<Option<(&mut [T], Beta)>> {
+        let Some(first) = ids.first().map(|id| id.index()) else { return Ok(None) };
+        let known = self.arrived[first];
+        let (block, start) = known.unwrap_or((first, 0));
+        let mut end = start;
+        for &id in ids {
+            if !self.wants(id) || self.arrived[id.index()] != known.map(|_| (block, end)) {
+                return Ok(None);
             }
-            end = range.end;
+            end += self.size(id.index());
         }
-        ids.iter().for_each(|id| self.arrived[id.index()] = true);
-        Some((&mut self.data[whole], if arrived { Beta::Add } else { Beta::Assign }))
+        if known.is_none() {
+            if self.blocks[first].as_ref().is_none_or(|waits| waits.len() != end) {
+                let new = pool.tensor(1, end)?;
+                self.blocks[first].replace(new).into_iter().for_each(|old| pool.recycle(old));
+            }
+            let mut at = 0;
+            for id in ids.iter().map(|id| id.index()) {
+                self.arrived[id] = Some((first, at));
+                at += self.size(id);
+            }
+        }
+        let beta = if known.is_some() { Beta::Add } else { Beta::Assign };
+        Ok(self.blocks[block].as_mut().map(|block| (&mut block[start..end], beta)))
+    }
+
+    /// Gives a parameter a gradient that is ready: the first is moved in, later ones are added.
+    pub fn give(&mut self, id: ParamId, dw: Tensor<T>, pool: &mut Pool<T>) -> Result<()> {
+        let i = id.index();
+        if !self.wants(id) {
+            pool.recycle(dw);
+        } else if self.arrived[i].is_none() {
+            self.blocks[i].replace(dw).into_iter().for_each(|block| pool.recycle(block));
+            self.arrived[i] = Some((i, 0));
+        } else if let Some((sum, _)) = self.slot(id, pool)? {
+            add_assign(sum, &dw)?;
+            pool.recycle(dw);
+        }
+        Ok(())
     }
 
     /// The gradient of a parameter, if it is trainable and has arrived.
     pub fn get(&self, id: ParamId) -> Option<&[T]> {
-        let (range, _) = self.ranges[id.index()].as_ref()?;
-        self.arrived[id.index()].then(|| &self.data[range.clone()])
+        let (block, start) = self.arrived[id.index()]?;
+        self.blocks[block].as_ref().map(|block| &block[start..][..self.size(id.index())])
     }
 
     /// Overwrites a gradient from outside, as an all-reduce or `apply(grads)` does.
-    pub fn set(&mut self, id: ParamId, values: &[T]) -> Result<()> {
-        match self.slot(id) {
+    pub fn set(&mut self, id: ParamId, values: &[T], pool: &mut Pool<T>) -> Result<()> {
+        match self.slot(id, pool)? {
             Some((slot, _)) if slot.len() == values.len() => slot.copy_from_slice(values),
             Some((slot, _)) => bail!(Shape, "gradient: expected {} values, got {}", slot.len(), values.len()),
             None => bail!(Config, "gradient: the parameter is frozen"),
@@ -92,34 +128,65 @@ impl<T: Float> Grads<T> {
 
     /// Trainable parameters whose gradient has not arrived.
     pub fn missing(&self) -> impl Iterator<Item = ParamId> + '_ {
-        (0..self.ranges.len()).filter(|&i| self.ranges[i].is_some() && !self.arrived[i]).map(ParamId::from_index)
+        (0..self.ranges.len())
+            .filter(|&i| self.ranges[i].is_some() && self.arrived[i].is_none())
+            .map(ParamId::from_index)
     }
 
-    /// Zeroes what did not arrive: the arena is then whole, for the norm, a reduction and the optimiser.
-    pub fn complete(&mut self) {
-        for (range, arrived) in self.ranges.iter().zip(&self.arrived) {
-            if let (Some((range, _)), false) = (range, arrived) {
-                self.data[range.clone()].fill(T::ZERO);
+    /// Zeros for what did not arrive: everything is then there, for the norm, a reduction and the optimiser.
+    pub fn complete(&mut self, pool: &mut Pool<T>) -> Result<()> {
+        let missing: Vec<_> = self.missing().collect();
+        for id in missing {
+            if let Some((slot, _)) = self.slot(id, pool)? {
+                slot.fill(T::ZERO);
             }
         }
+        Ok(())
     }
 
     /// Forgets everything: the next gradients assign again. Costs nothing per element.
     pub fn reset(&mut self) {
-        self.arrived.fill(false);
+        self.arrived.fill(None);
     }
 
-    /// The whole arena. Gaps between parameters are zero.
-    pub fn arena(&self) -> &[T] {
-        &self.data
+    /// Forgets everything and gives all memory back.
+    pub fn release(&mut self, pool: &mut Pool<T>) {
+        self.reset();
+        self.blocks.iter_mut().filter_map(Option::take).for_each(|block| pool.recycle(block));
     }
 
-    /// The whole arena, writable: for a reduction over processes.
-    pub fn arena_mut(&mut self) -> &mut [T] {
-        &mut self.data
+    /// Numbers of all trainable parameters, with gaps that put each at the beginning of a cache line.
+    pub fn len(&self) -> usize {
+        self.ranges.iter().flatten().last().map_or(0, |(range, _)| range.end)
     }
 
-    /// `(id, range in this arena, range in the parameter arena)` of every trainable parameter.
+    /// Whether there is nothing to train.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The gradients that have arrived, in the order of the parameters.
+    pub fn iter(&self) -> impl Iterator<Item = &[T]> {
+        (0..self.ranges.len()).filter_map(|i| self.get(ParamId::from_index(i)))
+    }
+
+    /// The same, writable: for a reduction over processes.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut [T]> {
+        let (arrived, ranges) = (&self.arrived, &self.ranges);
+        self.blocks.iter_mut().enumerate().flat_map(move |(first, block)| {
+            let mut rest = block.as_deref_mut().unwrap_or_default();
+            let members =
+                (first..arrived.len()).take_while(move |&i| arrived[i].is_some_and(|(block, _)| block == first));
+            members.map(move |i| {
+                let size = ranges[i].as_ref().map_or(0, |(range, _)| range.len());
+                let (part, behind) = std::mem::take(&mut rest).split_at_mut(size);
+                rest = behind;
+                part
+            })
+        })
+    }
+
+    /// Of every trainable parameter its number, its place among all of them, and its range in the parameter arena.
     pub fn ranges(&self) -> impl Iterator<Item = (ParamId, Range<usize>, Range<usize>)> + '_ {
         self.ranges
             .iter()

@@ -48,5 +48,24 @@ where
     })
 }
 
+/// Pieces in their order, as tasks of [`GRAIN`] elements at least, so that small ones share one.
+pub fn gather<P>(pieces: impl Iterator<Item = P>, len: impl Fn(&P) -> usize) -> Vec<Vec<P>> {
+    let (mut tasks, mut held): (Vec<Vec<P>>, _) = (Vec::new(), GRAIN);
+    for piece in pieces {
+        let n = len(&piece);
+        match tasks.last_mut() {
+            Some(task) if held < GRAIN => {
+                task.push(piece);
+                held += n;
+            }
+            _ => {
+                tasks.push(vec![piece]);
+                held = n;
+            }
+        }
+    }
+    tasks
+}
+
 #[cfg(test)]
 mod tests;

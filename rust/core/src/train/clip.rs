@@ -5,10 +5,10 @@ use crate::kernels::reduce::sum_of_squares;
 use crate::profile::{self, Work};
 use crate::tape::Grads;
 
-/// The Euclidean norm over all parameters; the arena must be complete. Partial sums stand over blocks of a fixed size.
+/// The Euclidean norm over all parameters; every gradient must be there. Partial sums stand over blocks of a fixed size.
 pub fn global_norm(grads: &Grads<f32>) -> Result<f64> {
-    let _timed = profile::span("gradient norm", [0, 0], || Work::passes::<f32>(1, 1, grads.arena().len()));
-    Ok(sum_of_squares(grads.arena())?.sqrt())
+    let _timed = profile::span("gradient norm", [0, 0], || Work::passes::<f32>(1, 1, grads.len()));
+    Ok(sum_of_squares(grads.iter())?.sqrt())
 }
 
 /// What a gradient of this norm is multiplied with, so that its norm is at most `clip` (Pascanu et al. 2013).
@@ -19,7 +19,7 @@ pub fn clip_scale(norm: f64, clip: Option<f64>) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tape::{Builder, Init, Params};
+    use crate::tape::{Builder, Init, Params, Pool};
     use std::sync::Arc;
 
     #[test]
@@ -27,9 +27,9 @@ mod tests {
         let mut b = Builder::new();
         let ids = [b.param("a", &[2], Init::Constant(0.0)), b.param("b", &[3], Init::Constant(0.0))];
         let params = Params::<f32>::init(Arc::new(b.finish()), 0).unwrap();
-        let mut grads = Grads::new(&params).unwrap();
-        grads.set(ids[0], &[1.0, -4.0]).unwrap();
-        grads.set(ids[1], &[2.0, 2.0, 0.0]).unwrap();
+        let (mut grads, mut pool) = (Grads::new(&params).unwrap(), Pool::default());
+        grads.set(ids[0], &[1.0, -4.0], &mut pool).unwrap();
+        grads.set(ids[1], &[2.0, 2.0, 0.0], &mut pool).unwrap();
         assert_eq!(global_norm(&grads).unwrap(), 5.0);
     }
 

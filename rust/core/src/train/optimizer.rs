@@ -6,7 +6,7 @@ use crate::kernels::optimizer::{Adam, Sgd, adam, descent, momentum};
 use crate::profile::{self, Work};
 use crate::simd::Buffer;
 use crate::tape::{Grads, ParamId, Params};
-use crate::threads::{GRAIN, for_each};
+use crate::threads::{GRAIN, for_each, gather};
 use crate::{bail, ensure};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -152,7 +152,7 @@ enum Update {
     Sgd(Sgd),
 }
 
-/// What an optimiser remembers: moments over the trainable ranges, laid out as the gradient arena.
+/// What an optimiser remembers: moments over the trainable ranges.
 #[derive(Debug)]
 pub struct OptimizerState {
     pub(super) slots: Vec<Slot>,
@@ -164,7 +164,7 @@ pub struct OptimizerState {
 #[derive(Clone, Debug)]
 pub(super) struct Slot {
     pub(super) id: ParamId,
-    /// Its range in the gradient arena and in the arenas of the moments.
+    /// Its range in the arenas of the moments.
     pub(super) here: Range<usize>,
     /// Its range in the parameter arena.
     there: Range<usize>,
@@ -193,7 +193,7 @@ impl Piece<'_> {
 }
 
 impl OptimizerState {
-    /// Zero moments for the trainable parameters, whose gradients come as `grads` is laid out.
+    /// Zero moments for the parameters that `grads` has gradients of.
     pub fn new(optimizer: &Optimizer, no_decay: &[String], params: &Params<f32>, grads: &Grads<f32>) -> Result<Self> {
         optimizer.validate()?;
         let slots = grads
@@ -203,12 +203,12 @@ impl OptimizerState {
                 Slot { id, here, there, updates: 0, decays }
             })
             .collect();
-        let arena = |_| Buffer::zeroed(grads.arena().len());
+        let arena = |_| Buffer::zeroed(grads.len());
         let moments = optimizer.moments().iter().map(arena).collect::<Result<_>>()?;
         Ok(OptimizerState { slots, moments })
     }
 
-    /// Whether gradients are laid out as the moments are.
+    /// Whether these are gradients of the parameters it has moments of.
     pub fn fits(&self, grads: &Grads<f32>) -> bool {
         self.slots.iter().map(|s| (s.id, s.here.clone(), s.there.clone())).eq(grads.ranges())
     }
@@ -237,34 +237,27 @@ impl OptimizerState {
         if !self.fits(grads) {
             bail!(Config, "optimizer: the gradients belong to another set of trainable parameters; make them anew");
         }
+        ensure!(grads.missing().next().is_none(), Internal, "optimizer: a gradient is missing");
         if self.moments.len() != optimizer.moments().len() {
             bail!(Config, "optimizer: the moments were made by another optimiser; start it anew");
         }
         let passes = 3 + 2 * self.moments.len();
-        let _timed = profile::span(optimizer.name(), [0, 0], || Work::passes::<f32>(passes, 1, grads.arena().len()));
-        let g = grads.arena();
+        let _timed = profile::span(optimizer.name(), [0, 0], || Work::passes::<f32>(passes, 1, grads.len()));
         let mut w = Cutter::new(params.arena_mut());
         let mut arenas = self.moments.iter_mut();
         let mut moments = [(); 2].map(|()| Cutter::new(arenas.next().map_or(&mut [], |arena| &mut arena[..])));
-        let mut tasks: Vec<Vec<Piece>> = Vec::new();
-        let mut held = GRAIN;
-        for slot in &mut self.slots {
+        let pieces = self.slots.iter_mut().zip(grads.iter()).flat_map(|(slot, g)| {
             slot.updates += 1;
             let update = optimizer.update(slot.updates, slot.decays, lr, scale);
-            for start in (0..slot.here.len()).step_by(GRAIN) {
-                let len = GRAIN.min(slot.here.len() - start);
-                let (here, there) = (slot.here.start + start, slot.there.start + start);
-                // Small parameters share a task.
-                if held >= GRAIN {
-                    tasks.push(Vec::new());
-                    held = 0;
-                }
-                held += len;
-                let moments = moments.each_mut().map(|arena| arena.cut(here, len));
-                let piece = Piece { w: w.cut(there, len), moments, g: &g[here..here + len], update };
-                tasks.last_mut().expect("pushed above").push(piece);
-            }
-        }
+            let [first, second] = moments.each_mut().map(|arena| {
+                let moments = arena.cut(slot.here.start, g.len()).chunks_mut(GRAIN);
+                moments.chain(std::iter::repeat_with(Default::default)) // where there is no arena
+            });
+            let w = w.cut(slot.there.start, g.len()).chunks_mut(GRAIN);
+            let parts = w.zip(g.chunks(GRAIN)).zip(first.zip(second));
+            parts.map(move |((w, g), (first, second))| Piece { w, moments: [first, second], g, update })
+        });
+        let tasks = gather(pieces, |piece| piece.g.len());
         for_each(tasks.into_iter(), |task| task.into_iter().for_each(Piece::run))
     }
 }
@@ -298,7 +291,7 @@ mod tests {
     use super::*;
     use crate::error::Error;
     use crate::rng::Key;
-    use crate::tape::{Builder, Init};
+    use crate::tape::{Builder, Init, Pool};
     use crate::threads::with_local_limit;
     use std::sync::Arc;
 
@@ -320,7 +313,7 @@ mod tests {
         for id in ids {
             let entry = params.layout().entry(id);
             let values: Vec<f32> = (0..entry.range.len()).map(|i| value(&entry.name, i)).collect();
-            grads.set(id, &values).unwrap();
+            grads.set(id, &values, &mut Pool::default()).unwrap();
         }
     }
 

@@ -209,7 +209,7 @@ fn what_is_not_finite_is_named_and_changes_nothing() {
         "{error}"
     );
     let (_, mut gradients) = trainer.gradients(&model, &params, &[rows(2, 2)]).unwrap();
-    gradients.grads_mut().arena_mut()[1] = f32::NAN;
+    gradients.grads_mut().iter_mut().next().unwrap()[1] = f32::NAN;
     let error = trainer.apply(&mut params, gradients).unwrap_err();
     assert!(matches!(&error, Error::NonFinite(text) if text.contains("`layer.weight`")), "{error}");
     assert_eq!((bits(&params), trainer.step_count()), (before, 1));

@@ -149,7 +149,7 @@ pub struct Evaluation {
 #[derive(Debug)]
 pub struct Gradients {
     grads: Grads<f32>,
-    /// Of the arena as it stands, if it is known.
+    /// Of the gradients as they stand, if it is known.
     norm: Option<f64>,
     /// Σ smoothed loss
     pub loss_sum: f64,
@@ -163,25 +163,25 @@ pub struct Gradients {
 }
 
 impl Gradients {
-    /// The arena.
+    /// The gradients, of every trainable parameter.
     pub fn grads(&self) -> &Grads<f32> {
         &self.grads
     }
 
-    /// The arena, to be changed: by an all-reduce, for example.
+    /// The gradients, to be changed: by an all-reduce, for example.
     pub fn grads_mut(&mut self) -> &mut Grads<f32> {
         self.norm = None;
         &mut self.grads
     }
-
-    /// Takes gradients by name, see [`set_gradients`].
-    pub fn set(&mut self, params: &Params<f32>, arrays: &[NamedArray<'_>]) -> Result<()> {
-        set_gradients(params, self.grads_mut(), arrays)
-    }
 }
 
 /// Takes gradients by name: those of all trained parameters, in their shapes, and no others.
-pub fn set_gradients(params: &Params<f32>, grads: &mut Grads<f32>, arrays: &[NamedArray<'_>]) -> Result<()> {
+pub fn set_gradients(
+    params: &Params<f32>,
+    grads: &mut Grads<f32>,
+    pool: &mut Pool<f32>,
+    arrays: &[NamedArray<'_>],
+) -> Result<()> {
     let layout = params.layout();
     let mut problems = Vec::new();
     for (name, shape, values) in arrays {
@@ -191,7 +191,7 @@ pub fn set_gradients(params: &Params<f32>, grads: &mut Grads<f32>, arrays: &[Nam
                 let expected = Shape(&layout.entry(id).shape);
                 problems.push(format!("`{name}`: expected shape {expected}, got {}", Shape(shape)));
             }
-            Some(id) => grads.set(id, values)?,
+            Some(id) => grads.set(id, values, pool)?,
         }
     }
     problems.extend(grads.missing().map(|id| format!("`{}` is missing", layout.entry(id).name)));
@@ -227,7 +227,7 @@ pub struct Trainer {
     /// The number of this process among those that train together: each has its own dropout.
     pub rank: u64,
     pub(super) state: OptimizerState,
-    /// The arena for gradients, while nobody holds it.
+    /// For gradients, while nobody holds it.
     grads: Option<Grads<f32>>,
     pool: Pool<f32>,
     /// Whether every gradient was seen to arrive.
@@ -315,15 +315,15 @@ impl Trainer {
             match self.result(params, &gradients) {
                 Ok(result) => Ok((result, gradients)),
                 Err(error) => {
-                    self.grads = Some(gradients.grads);
+                    self.discard(gradients);
                     Err(error)
                 }
             }
         })
     }
 
-    /// Room for gradients from elsewhere, see [`Gradients::set`]. What [`Trainer::gradients`] made last for the next step
-    /// lends its arena and its running statistics.
+    /// No gradients yet: they come from elsewhere, see [`Trainer::set`]. What [`Trainer::gradients`] made last for the next
+    /// step lends its memory and its running statistics.
     pub fn blank(&mut self, params: &Params<f32>, last: Option<Gradients>) -> Result<Gradients> {
         let mut gradients = match last.filter(|last| last.step == self.step + 1 && self.state.fits(&last.grads)) {
             Some(last) => last,
@@ -333,9 +333,16 @@ impl Trainer {
         Ok(gradients)
     }
 
-    /// Takes back gradients that will not be applied: their arena is used again.
+    /// Takes gradients by name, see [`set_gradients`].
+    pub fn set(&mut self, gradients: &mut Gradients, params: &Params<f32>, arrays: &[NamedArray<'_>]) -> Result<()> {
+        set_gradients(params, gradients.grads_mut(), &mut self.pool, arrays)
+    }
+
+    /// Takes back gradients that nobody needs any more: the next pass uses their memory.
     pub fn discard(&mut self, gradients: Gradients) {
-        self.grads = Some(gradients.grads);
+        let Gradients { mut grads, .. } = gradients;
+        grads.release(&mut self.pool);
+        self.grads = Some(grads);
     }
 
     /// Whether the model's frozen parameters are those of this trainer.
@@ -355,8 +362,7 @@ impl Trainer {
         section(None, || {
             uninterrupted(|| {
                 let result = self.commit(params, &gradients);
-                // The arena is kept for the next step, also after an error.
-                self.grads = Some(gradients.grads);
+                self.discard(gradients);
                 result
             })
         })
@@ -382,7 +388,7 @@ impl Trainer {
         Ok(Evaluation { loss: loss_sum / count, nll: nll_sum / count, n_tokens })
     }
 
-    /// Forward and backward of every micro-batch into one arena.
+    /// Forward and backward of every micro-batch, into the same gradients.
     fn accumulate<L: Loss>(
         &mut self,
         model: &L,
@@ -393,18 +399,17 @@ impl Trainer {
         match self.run(model, params, micro_batches, &mut gradients) {
             Ok(()) => Ok(gradients),
             Err(error) => {
-                self.grads = Some(gradients.grads);
+                self.discard(gradients);
                 Err(error)
             }
         }
     }
 
     fn empty(&mut self, params: &Params<f32>) -> Result<Gradients> {
-        let mut grads = match self.grads.take().filter(|grads| self.state.fits(grads)) {
+        let grads = match self.grads.take().filter(|grads| self.state.fits(grads)) {
             Some(grads) => grads,
             None => Grads::new(params)?,
         };
-        grads.reset();
         let (step, statistics) = (self.step + 1, Vec::new());
         Ok(Gradients { grads, norm: None, loss_sum: 0.0, nll_sum: 0.0, n_tokens: 0, step, statistics })
     }
@@ -450,11 +455,11 @@ impl Trainer {
             );
             self.covered = true;
         }
-        sum.grads.complete();
+        sum.grads.complete(&mut self.pool)?;
         // Up to here everything was a plain sum over batches (and, one day, processes).
         let mean = (1.0 / sum.n_tokens as f64) as f32;
-        let squares = profile::span("gradient mean", [0, 0], || Work::passes::<f32>(2, 1, sum.grads.arena().len()))
-            .run(|| scale_assign_and_square(sum.grads.arena_mut(), mean))?;
+        let squares = profile::span("gradient mean", [0, 0], || Work::passes::<f32>(2, 1, sum.grads.len()))
+            .run(|| scale_assign_and_square(sum.grads.iter_mut(), mean))?;
         sum.norm = Some(squares.sqrt());
         let mean = |(id, (count, sums)): (StatId, (usize, Vec<f64>))| {
             (id, sums.into_iter().map(|sum| (sum / count as f64) as f32).collect())
