@@ -378,7 +378,7 @@ impl Grid {
         let thin = workers > 1 && rows >= 8 * workers * TASK_ROWS / 2;
         let row_blocks = rows.div_ceil(if thin { TASK_ROWS / 2 } else { TASK_ROWS });
         let row_block = rows.div_ceil(row_blocks).next_multiple_of(tile.0);
-        let at_once = tile::panels_at_once(rows.min(row_block)) * tile.1;
+        let at_once = tile::shape(rows.min(row_block), tile.0).1 * tile.1;
         let at_least = (TASK / (row_block.min(rows).max(LEAST_ROWS) * depth.max(1)).max(1)).max(1);
         let wanted = match workers {
             1 => cols,
@@ -425,13 +425,13 @@ kernel! {
         }
         let Slab(slab) = slab;
         let (tile_rows, tile_cols) = (S::TILE_ROWS, S::TILE_VECTORS * S::LANES);
+        let (height, at_once) = tile::shape(rows.len(), tile_rows);
         // With one tile of rows a panel is read once only: no need to keep it in the L1 cache.
-        let step = if rows.len() <= tile_rows { slab.k } else { KC };
-        let at_once = tile::panels_at_once(rows.len());
+        let step = if rows.len() <= height { slab.k } else { KC };
         // A panel comes from memory while the one before it is multiplied, each tile of rows asking for its share; the first one,
         // and every one that is read once only, just ahead of its use.
-        let tiles = rows.len().div_ceil(tile_rows);
-        let share = slab.b_k.div_ceil(tiles.max(1));
+        let tiles = rows.len().div_ceil(height);
+        let share = (at_once * slab.b_k).div_ceil(tiles.max(1));
         let packed = slab.b_panel > slab.k * slab.b_k; // else the next panel lies beside, not behind this one
         for ks in blocks(slab.k, step) {
             let mut col = cols.start;
@@ -439,18 +439,18 @@ kernel! {
                 let left = cols.end - col;
                 let panels = if left >= at_once * tile_cols { at_once } else { 1 };
                 let b = slab.b.wrapping_add(col / tile_cols * slab.b_panel + ks.start * slab.b_k);
-                let mut next = b.wrapping_add(slab.b_panel);
+                let mut next = b.wrapping_add(panels * slab.b_panel);
                 let mut row = rows.start;
                 while row < rows.end {
                     let left_rows = rows.end - row;
-                    let count = if slab.a_k == 1 && left_rows > tile_rows && left_rows < 2 * tile_rows {
+                    let count = if slab.a_k == 1 && left_rows > height && left_rows < 2 * height {
                         left_rows.div_ceil(2) // two tiles of equal height, no thin one
                     } else {
-                        left_rows.min(tile_rows)
+                        left_rows.min(height)
                     };
                     let (ahead, ahead_k) = if row == rows.start && (col == cols.start || tiles == 1) {
                         (b.wrapping_add(tile::AHEAD * slab.b_k), slab.b_k)
-                    } else if packed && left > tile_cols {
+                    } else if packed && left > panels * tile_cols {
                         (next, share)
                     } else {
                         (b, 0)

@@ -14,6 +14,8 @@ pub(super) const KC: usize = 512;
 /// Steps along K, 8 KiB of a panel at most, between what a tile multiplies and what it asks for, where the next rows of its own
 /// panel are to come from memory: by itself the CPU runs ahead of one stream so little that it reads at half the speed.
 pub(super) const AHEAD: usize = 64;
+/// Rows of A that one pointer reaches: it, and a stride and two further on, are addresses of an instruction.
+const ROWS_AT: usize = 3;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
@@ -41,16 +43,22 @@ pub(super) struct Operands<T> {
     pub ahead_k: usize,
 }
 
-/// Panels that are worth computing side by side, so that few rows still keep the multipliers busy.
-pub(super) const fn panels_at_once(rows: usize) -> usize {
+/// Rows of a tile and panels that it covers side by side, for a block of so many rows of A: few rows still keep the
+/// multipliers busy, and many are read half as often by tiles half as high and twice as wide. (Those read 10 vectors for 24
+/// multiply-adds instead of 14, which counts where the CPU reads two at a time. AVX2 lacks the registers.)
+pub(super) const fn shape(rows: usize, tile_rows: usize) -> (usize, usize) {
     match rows {
-        1 => 4,
-        2 => 2,
-        _ => 1,
+        1 => (1, 4),
+        2 => (2, 2),
+        _ if rows > tile_rows && tile_rows == 2 * WIDE_ROWS => (WIDE_ROWS, 2),
+        _ => (tile_rows, 1),
     }
 }
 
-/// `panels` whole panels of B times `rows` ≤ TILE_ROWS rows of A; more than one panel for what `panels_at_once` allows.
+/// Rows of a tile of two panels.
+const WIDE_ROWS: usize = 6;
+
+/// `panels` whole panels of B times `rows` rows of A, as `shape` allows.
 /// # Safety
 /// The operands are valid as `Operands` says, with C not aliased.
 #[inline(always)]
@@ -61,14 +69,14 @@ pub(super) unsafe fn whole<T: Float, S: Simd<T>, F: Form>(s: S, rows: usize, pan
         if const { S::TILE_VECTORS == 1 } {
             match panels {
                 4 => tile::<T, S, F, 1, 4, 1, false>(s, o, 0),
-                2 => tile::<T, S, F, 2, 2, 1, false>(s, o, 0),
-                _ => single::<T, S, F, 1, false>(s, rows, o, 0),
+                2 => rows_of::<T, S, F, 2, 1, false>(s, rows, o, 0),
+                _ => rows_of::<T, S, F, 1, 1, false>(s, rows, o, 0),
             }
         } else {
             match panels {
                 4 => tile::<T, S, F, 1, 4, 2, false>(s, o, 0),
-                2 => tile::<T, S, F, 2, 2, 2, false>(s, o, 0),
-                _ => single::<T, S, F, 2, false>(s, rows, o, 0),
+                2 => rows_of::<T, S, F, 2, 2, false>(s, rows, o, 0),
+                _ => rows_of::<T, S, F, 1, 2, false>(s, rows, o, 0),
             }
         }
     }
@@ -82,16 +90,16 @@ pub(super) unsafe fn partial<T: Float, S: Simd<T>, F: Form>(s: S, rows: usize, c
     // SAFETY: the caller's promise.
     unsafe {
         if const { S::TILE_VECTORS == 1 } {
-            single::<T, S, F, 1, true>(s, rows, o, cols)
+            rows_of::<T, S, F, 1, 1, true>(s, rows, o, cols)
         } else {
-            single::<T, S, F, 2, true>(s, rows, o, cols)
+            rows_of::<T, S, F, 1, 2, true>(s, rows, o, cols)
         }
     }
 }
 
-/// One panel, any number of rows.
+/// P panels, any number of rows that there are registers for.
 #[inline(always)]
-unsafe fn single<T: Float, S: Simd<T>, F: Form, const V: usize, const PART: bool>(
+unsafe fn rows_of<T: Float, S: Simd<T>, F: Form, const P: usize, const V: usize, const PART: bool>(
     s: S,
     rows: usize,
     o: &Operands<T>,
@@ -101,12 +109,12 @@ unsafe fn single<T: Float, S: Simd<T>, F: Form, const V: usize, const PART: bool
         ($($r:literal)*) => {
             match rows {
                 $($r => {
-                    if const { $r <= S::TILE_ROWS } {
+                    if const { $r * P <= S::TILE_ROWS } {
                         // SAFETY: the caller's promise.
-                        unsafe { tile::<T, S, F, $r, 1, V, PART>(s, o, cols) }
+                        unsafe { tile::<T, S, F, $r, P, V, PART>(s, o, cols) }
                     }
                 })*
-                _ => unreachable!("a tile has at most TILE_ROWS rows"),
+                _ => unreachable!("more rows than a tile has"),
             }
         };
     }
@@ -136,14 +144,14 @@ unsafe fn tile<T: Float, S: Simd<T>, F: Form, const R: usize, const P: usize, co
                 }
             }
         }
-        let a: [*const T; R] = std::array::from_fn(|r| opaque(o.a.wrapping_add(r * o.a_row)));
+        let mut a: [*const T; 4] = std::array::from_fn(|g| opaque(o.a.wrapping_add(ROWS_AT * g * o.a_row)));
         let mut b: [*const T; P] = std::array::from_fn(|p| opaque(o.b.wrapping_add(p * o.b_panel)));
         let mut ahead = o.ahead;
-        let mut step = 0;
         for _ in 0..o.k {
-            // Several panels are streams enough for the CPU to run ahead of by itself.
-            if P == 1 {
-                for line in 0..(V * S::LANES * size_of::<T>()).div_ceil(LINE) {
+            // Several panels that are read once are streams enough for the CPU to run ahead of by itself. Where tiles are wide there
+            // are more of them, and each asks for less.
+            if P == 1 || R > 2 {
+                for line in 0..(V * S::LANES * size_of::<T>() / P).div_ceil(LINE) {
                     prefetch(ahead.wrapping_add(line * LINE / size_of::<T>()));
                 }
                 ahead = ahead.wrapping_add(o.ahead_k);
@@ -154,14 +162,16 @@ unsafe fn tile<T: Float, S: Simd<T>, F: Form, const R: usize, const P: usize, co
                 b[p] = b[p].wrapping_add(o.b_k);
             }
             for r in 0..R {
-                let x = s.splat(*a[r].add(step));
+                let x = s.splat(*a[r / ROWS_AT].add(r % ROWS_AT * o.a_row));
                 for p in 0..P {
                     for v in 0..V {
                         sum[r][p][v] = F::multiply_add(s, x, row[p][v], sum[r][p][v]);
                     }
                 }
             }
-            step += o.a_k;
+            for g in 0..R.div_ceil(ROWS_AT) {
+                a[g] = opaque(a[g].wrapping_add(o.a_k));
+            }
         }
         for r in 0..R {
             for p in 0..P {
