@@ -102,6 +102,8 @@ const TASK: usize = 1 << 18;
 /// Rows and columns of a task at most: its part of A and of C stay in the L2 cache.
 const TASK_ROWS: usize = 96;
 const TASK_COLS: usize = 512;
+/// Numbers of A that a task may have at a time where B comes from memory: 256 KiB of f32.
+const TASK_A: usize = 1 << 16;
 /// Numbers of B packed at a time, a MiB of f32, which stay in the L2 cache, and columns of it; the same for A,
 /// whose slab is read once for each slab of B.
 const SLAB_B: usize = 1 << 18;
@@ -263,7 +265,9 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
                         ahead: b_from,
                         ahead_k: 0,
                     });
-                    let grid = Grid::new(rows.len(), cols.len(), ks.len(), workers, (tile_rows, tile_cols));
+                    let from_memory = !matches!(b, Rhs::Plain(_));
+                    let grid =
+                        Grid::new(rows.len(), cols.len(), ks.len(), workers, (tile_rows, tile_cols), from_memory);
                     let last = ks.end == units && E::ACTIVE;
                     let task = |index| {
                         let (r, c) = grid.block(index);
@@ -373,15 +377,22 @@ struct Grid {
 
 impl Grid {
     /// About eight tasks per worker, none too small. No bit depends on it.
-    fn new(rows: usize, cols: usize, depth: usize, workers: usize, tile: (usize, usize)) -> Self {
-        // Where there are rows for all, tasks are thin and wide: each row of A is read by few of them.
-        let thin = workers > 1 && rows >= 8 * workers * TASK_ROWS / 2;
-        let row_blocks = rows.div_ceil(if thin { TASK_ROWS / 2 } else { TASK_ROWS });
+    fn new(rows: usize, cols: usize, depth: usize, workers: usize, tile: (usize, usize), from_memory: bool) -> Self {
+        // Where there are rows for all, tasks are thin and wide: each row of A is read by few of them. Where B comes from memory
+        // it is to come once.
+        let most = match () {
+            _ if workers > 1 && rows >= 8 * workers * TASK_ROWS / 2 => TASK_ROWS / 2,
+            _ if from_memory => TASK_ROWS.max(TASK_A / depth.clamp(1, KC)),
+            _ => TASK_ROWS,
+        };
+        let row_blocks = rows.div_ceil(most);
         let row_block = rows.div_ceil(row_blocks).next_multiple_of(tile.0);
         let at_once = tile::shape(rows.min(row_block), tile.0).1 * tile.1;
         let at_least = (TASK / (row_block.min(rows).max(LEAST_ROWS) * depth.max(1)).max(1)).max(1);
         let wanted = match workers {
             1 => cols,
+            // The first panels of a task are waited for.
+            _ if from_memory => cols.div_ceil((4 * workers).div_ceil(row_blocks)),
             _ => cols.div_ceil((8 * workers).div_ceil(row_blocks)),
         };
         let col_block = wanted.max(at_least).min(TASK_COLS).next_multiple_of(at_once);

@@ -50,7 +50,7 @@ pub(super) const fn shape(rows: usize, tile_rows: usize) -> (usize, usize) {
     match rows {
         1 => (1, 4),
         2 => (2, 2),
-        _ if rows > tile_rows && tile_rows == 2 * WIDE_ROWS => (WIDE_ROWS, 2),
+        _ if rows >= 4 * WIDE_ROWS && tile_rows == 2 * WIDE_ROWS => (WIDE_ROWS, 2),
         _ => (tile_rows, 1),
     }
 }
