@@ -125,9 +125,9 @@ impl Simd<f32> for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn transpose_ptr(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+    unsafe fn transpose_ptr(self, src: *const f32, src_stride: usize, rows: usize, dst: *mut f32, dst_stride: usize) {
         // SAFETY: the caller's promise; the token vouches for AVX.
-        unsafe { transpose(src, src_stride, dst, dst_stride) }
+        unsafe { transpose(src, src_stride, rows, dst, dst_stride) }
     }
 }
 
@@ -135,12 +135,12 @@ impl Simd<f32> for Avx2 {
 /// # Safety
 /// As `Simd::transpose_ptr` for eight lanes, on a CPU with AVX.
 #[inline(always)]
-unsafe fn transpose(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+unsafe fn transpose(src: *const f32, src_stride: usize, rows: usize, dst: *mut f32, dst_stride: usize) {
     // SAFETY: the caller's promise.
     unsafe {
         let row: [__m256; 8] = std::array::from_fn(
             #[inline(always)]
-            |i| _mm256_loadu_ps(src.add(i * src_stride)),
+            |i| _mm256_loadu_ps(src.add(i.min(rows - 1) * src_stride)),
         );
         let mut four = [_mm256_setzero_ps(); 8];
         for h in 0..2 {

@@ -151,29 +151,29 @@ impl Simd<f32> for Avx512 {
         }
     }
     #[inline(always)]
-    unsafe fn transpose_ptr(self, src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+    unsafe fn transpose_ptr(self, src: *const f32, src_stride: usize, rows: usize, dst: *mut f32, dst_stride: usize) {
         // Pairs of rows, fours of rows, and then the lanes of 128 bits to their places.
         // SAFETY: the caller's promise; the token vouches for AVX-512.
         unsafe {
-            let mut rows = [_mm512_setzero_ps(); 16];
-            for (i, row) in rows.iter_mut().enumerate() {
-                *row = _mm512_loadu_ps(src.add(i * src_stride));
+            let mut lanes = [_mm512_setzero_ps(); 16];
+            for (i, row) in lanes.iter_mut().enumerate() {
+                *row = _mm512_loadu_ps(src.add(i.min(rows - 1) * src_stride));
             }
             for i in (0..16).step_by(4) {
-                let (a, b) = (_mm512_unpacklo_ps(rows[i], rows[i + 1]), _mm512_unpackhi_ps(rows[i], rows[i + 1]));
+                let (a, b) = (_mm512_unpacklo_ps(lanes[i], lanes[i + 1]), _mm512_unpackhi_ps(lanes[i], lanes[i + 1]));
                 let (c, d) =
-                    (_mm512_unpacklo_ps(rows[i + 2], rows[i + 3]), _mm512_unpackhi_ps(rows[i + 2], rows[i + 3]));
+                    (_mm512_unpacklo_ps(lanes[i + 2], lanes[i + 3]), _mm512_unpackhi_ps(lanes[i + 2], lanes[i + 3]));
                 let [a, b, c, d] = [_mm512_castps_pd(a), _mm512_castps_pd(b), _mm512_castps_pd(c), _mm512_castps_pd(d)];
-                rows[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
-                rows[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
-                rows[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
-                rows[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+                lanes[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+                lanes[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+                lanes[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+                lanes[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
             }
             for j in 0..4 {
-                let even = _mm512_shuffle_f32x4::<0x88>(rows[j], rows[4 + j]);
-                let odd = _mm512_shuffle_f32x4::<0xdd>(rows[j], rows[4 + j]);
-                let even_below = _mm512_shuffle_f32x4::<0x88>(rows[8 + j], rows[12 + j]);
-                let odd_below = _mm512_shuffle_f32x4::<0xdd>(rows[8 + j], rows[12 + j]);
+                let even = _mm512_shuffle_f32x4::<0x88>(lanes[j], lanes[4 + j]);
+                let odd = _mm512_shuffle_f32x4::<0xdd>(lanes[j], lanes[4 + j]);
+                let even_below = _mm512_shuffle_f32x4::<0x88>(lanes[8 + j], lanes[12 + j]);
+                let odd_below = _mm512_shuffle_f32x4::<0xdd>(lanes[8 + j], lanes[12 + j]);
                 let dst = dst.add(j * dst_stride);
                 _mm512_storeu_ps(dst, _mm512_shuffle_f32x4::<0x88>(even, even_below));
                 _mm512_storeu_ps(dst.add(4 * dst_stride), _mm512_shuffle_f32x4::<0x88>(odd, odd_below));

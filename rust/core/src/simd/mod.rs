@@ -101,10 +101,12 @@ pub trait Simd<T: Float>: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p` is valid for reading V · LANES of them; no alignment is asked for.
     unsafe fn load_bf16_ptr<const V: usize>(self, p: *const u16) -> [Self::V; V];
-    /// Transposes a square of LANES x LANES: the number at (i, j) of `src` goes to (j, i) of `dst`.
+    /// Transposes a square of LANES x LANES: the number at (i, j) of `src` goes to (j, i) of `dst`. Of fewer `rows` the last
+    /// one is repeated.
     /// # Safety
-    /// `src` is valid for reading LANES rows of LANES numbers that are `src_stride` apart, `dst` likewise for writing.
-    unsafe fn transpose_ptr(self, src: *const T, src_stride: usize, dst: *mut T, dst_stride: usize);
+    /// 0 < `rows` ≤ LANES; `src` is valid for reading so many rows of LANES numbers that are `src_stride` apart, `dst` for
+    /// writing LANES of them likewise.
+    unsafe fn transpose_ptr(self, src: *const T, src_stride: usize, rows: usize, dst: *mut T, dst_stride: usize);
 
     /// a + b
     fn add(self, a: Self::V, b: Self::V) -> Self::V;

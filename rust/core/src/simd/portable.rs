@@ -72,11 +72,11 @@ macro_rules! portable {
                 std::array::from_fn(|v| std::array::from_fn(|i| f32::from_bits(u32::from(number(v, i)) << 16) as $T))
             }
             #[inline(always)]
-            unsafe fn transpose_ptr(self, src: *const $T, src_stride: usize, dst: *mut $T, dst_stride: usize) {
+            unsafe fn transpose_ptr(self, src: *const $T, src_stride: usize, rows: usize, dst: *mut $T, dst_stride: usize) {
                 for i in 0..$lanes {
                     for j in 0..$lanes {
                         // SAFETY: inside the two squares, which the caller vouches for.
-                        unsafe { *dst.add(j * dst_stride + i) = *src.add(i * src_stride + j) };
+                        unsafe { *dst.add(j * dst_stride + i) = *src.add(i.min(rows - 1) * src_stride + j) };
                     }
                 }
             }

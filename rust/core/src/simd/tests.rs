@@ -177,22 +177,26 @@ fn operations_of_f64() {
 
 kernel! {
     /// Squares of LANES x LANES side by side, with both strides larger than that; tells LANES.
-    fn transpose<'a, T>(s: S; dst: &'a mut [T], src: &'a [T], src_stride: usize, dst_stride: usize) -> usize {
-        assert!(src.len() >= S::LANES * src_stride && dst.len() >= S::LANES * dst_stride);
+    fn transpose<'a, T>(s: S; dst: &'a mut [T], src: &'a [T], src_stride: usize, rows: usize, dst_stride: usize) -> usize {
+        let rows = rows.min(S::LANES);
+        assert!(rows > 0 && src.len() >= rows * src_stride && dst.len() >= S::LANES * dst_stride);
         assert!(src_stride >= S::LANES && dst_stride >= S::LANES);
-        // SAFETY: LANES rows of LANES numbers fit both slices.
-        unsafe { s.transpose_ptr(src.as_ptr(), src_stride, dst.as_mut_ptr(), dst_stride) };
+        // SAFETY: so many rows of LANES numbers fit both slices.
+        unsafe { s.transpose_ptr(src.as_ptr(), src_stride, rows, dst.as_mut_ptr(), dst_stride) };
         S::LANES
     }
 }
 
 fn squares_are_transposed<T: Float>() {
-    let src: Vec<T> = (0..MAX_LANES * 19).map(|i| T::from_f64(i as f64)).collect();
-    let mut dst = vec![-T::ONE; MAX_LANES * 21];
-    let lanes = transpose(&mut dst, &src, 19, 21);
-    for (at, x) in dst.iter().enumerate() {
-        let (j, i) = (at / 21, at % 21);
-        assert_eq!(*x, if i < lanes && j < lanes { src[i * 19 + j] } else { -T::ONE }, "({i}, {j})");
+    for rows in [MAX_LANES, 7, 1] {
+        let src: Vec<T> = (0..rows * 19).map(|i| T::from_f64(i as f64)).collect();
+        let mut dst = vec![-T::ONE; MAX_LANES * 21];
+        let lanes = transpose(&mut dst, &src, 19, rows, 21);
+        for (at, x) in dst.iter().enumerate() {
+            let (j, i) = (at / 21, at % 21);
+            let expected = if i < lanes && j < lanes { src[i.min(rows - 1) * 19 + j] } else { -T::ONE };
+            assert_eq!(*x, expected, "({i}, {j}) of {rows} rows");
+        }
     }
 }
 

@@ -32,11 +32,17 @@ pub struct Gradients<'a, T> {
     pub dv: Option<Out<'a, T>>,
 }
 
-/// Numbers of scratch that a task needs: K, Kᵀ, Vᵀ, dK and dV of a block of keys, Q, dy and dQ of a block of queries, and
+/// Blocks of keys that meet a block of queries one after the other, while its rows are packed and its part of dQ is in the
+/// cache. Few enough that all that is kept of them stays in the L2 cache. dQ is summed up span by span, so bits depend on it.
+const SPAN: usize = 3;
+
+/// Numbers of scratch that a task needs: K, Kᵀ, Vᵀ, dK and dV of a span of keys, Q, dy and dQ of a block of queries, and
 /// two blocks of scores.
-fn scratch(heads: &Heads) -> [usize; 10] {
-    let [keys, turned, queries] = [(KEYS, heads.head_dim), (heads.head_dim, KEYS), (QUERIES, heads.head_dim)]
-        .map(|(rows, cols)| packed_len(rows, cols));
+fn scratch<T>(inputs: &Inputs<'_, T>) -> [usize; 10] {
+    let longest = inputs.sequences.iter().map(|s| s.keys).max().unwrap_or(0);
+    let (span, head_dim) = ((SPAN * KEYS).min(longest), inputs.heads.head_dim);
+    let [keys, turned, queries] =
+        [(span, head_dim), (head_dim, span), (QUERIES, head_dim)].map(|(rows, cols)| packed_len(rows, cols));
     [keys, turned, turned, keys, keys, queries, queries, queries, BLOCK, BLOCK]
 }
 
@@ -50,7 +56,7 @@ pub fn attention_backward<T: Float>(
     row_sums(d, saved, &inputs.heads)?;
     let Gradients { dq, dk, dv } = gradients;
     let pass = |items, dq: Option<&Out<'_, T>>, dk: Option<&Out<'_, T>>, dv: Option<&Out<'_, T>>| {
-        inputs.run(items, scratch(&inputs.heads).iter().sum(), |item, scratch| {
+        inputs.run(items, scratch(inputs).iter().sum(), |item, scratch| {
             Walk { inputs, saved, d, scratch }.run(item, Sink::Inputs { dq, dk, dv });
         })
     };
@@ -70,7 +76,8 @@ pub fn attention_backward<T: Float>(
     }
     // Wave after wave of key blocks, so that no task is too long.
     let longest = items.iter().map(|item| item.blocks.end).max().unwrap_or(0);
-    let step = (LONG * longest / (costs().max().unwrap_or(0) * inputs.heads.head_dim).max(1)).max(1);
+    let step = LONG * longest / (costs().max().unwrap_or(0) * inputs.heads.head_dim).max(1);
+    let step = step.next_multiple_of(SPAN).max(SPAN);
     for first in (0..longest.max(1)).step_by(step) {
         let wave = items.iter().map(|item| {
             let end = item.blocks.end;
@@ -98,7 +105,7 @@ pub fn attention_bias_backward<T: Float>(
     dbias.fill(T::ZERO);
     let out = Out::new(dbias, m);
     let n_heads = inputs.heads.n_heads;
-    each_task(tasks.len(), scratch(&inputs.heads).iter().sum(), |task, scratch| {
+    each_task(tasks.len(), scratch(inputs).iter().sum(), |task, scratch| {
         let ((at_b, at_h), first) = tasks[task];
         for (sequence, s) in inputs.sequences.iter().enumerate().filter(|&(i, _)| b == 1 || i == at_b) {
             for head in (0..n_heads).filter(|&i| h == 1 || i == at_h) {
@@ -133,7 +140,7 @@ struct Walk<'a, T> {
 }
 
 impl<T: Float> Walk<'_, T> {
-    /// Block of keys by block of keys, against the blocks of queries that may see it.
+    /// Span of keys by span of keys, against the blocks of queries that may see it.
     fn run(self, item: &Item, mut sink: Sink<'_, '_, T>) {
         let Inputs { heads, q, k, v, sequences, masks, .. } = *self.inputs;
         let Heads { n_heads, head_dim, .. } = heads;
@@ -141,81 +148,107 @@ impl<T: Float> Walk<'_, T> {
         let (sequence, kv_head) = (sequences[index], item.heads.start / heads.group());
         let columns = |head: usize| head * head_dim..(head + 1) * head_dim;
         let dy = Operand { data: self.saved.dy, stride: n_heads * head_dim };
-        let [k_rows, kt, vt, dk_rows, dv_rows, q_rows, dy_rows, dq_rows, x, dx] = split(self.scratch, scratch(&heads));
+        let [k_rows, kt, vt, dk_rows, dv_rows, q_rows, dy_rows, dq_rows, x, dx] =
+            split(self.scratch, scratch(self.inputs));
         let width = stride(head_dim);
         // Weights are 2ˣ of x = (factor · Q) Kᵀ, whose gradient is ln 2 times that of x in eˣ.
         let factor = factor(heads.scale);
         let unit = T::from_f64(if let Sink::Bias(_) = sink { 1.0 } else { LN_2 });
 
-        if let (Sink::Inputs { dq: Some(dq), .. }, 0) = (&sink, blocks.start) {
+        // The first span assigns dQ, unless there are queries that see no key.
+        let unseen = queries.is_empty() || masks.visible(&sequence, queries.start) == 0;
+        if let (Sink::Inputs { dq: Some(dq), .. }, 0, true) = (&sink, blocks.start, unseen) {
             let rows = sequence.query + queries.start..sequence.query + queries.end;
             // SAFETY: rows and columns of this item alone.
             unsafe { dq.part(rows, item.heads.start * head_dim..item.heads.end * head_dim) }.clear();
         }
-        for block in blocks {
-            let m = block * KEYS;
-            let keys = KEYS.min(sequence.keys - m);
-            let key_rows = sequence.key + m..sequence.key + m + keys;
-            let k_block = k.at(key_rows.start, kv_head, head_dim);
-            let kt = pack_transposed(kt, k_block, k.stride, keys, head_dim);
-            let k = pack(k_rows, k_block, k.stride, keys, head_dim, T::ONE);
+        for span in blocks.clone().step_by(SPAN) {
+            let begin = span * KEYS;
+            let end = (blocks.end.min(span + SPAN) * KEYS).min(sequence.keys);
+            let (keys, key_rows) = (end - begin, sequence.key + begin..sequence.key + end);
+            let k_span = k.at(key_rows.start, kv_head, head_dim);
+            let kt = pack_transposed(kt, k_span, k.stride, keys, head_dim);
+            let k = pack(k_rows, k_span, k.stride, keys, head_dim, T::ONE);
             let vt = pack_transposed(vt, v.at(key_rows.start, kv_head, head_dim), v.stride, keys, head_dim);
-            dk_rows[..keys * width].fill(T::ZERO);
-            dv_rows[..keys * width].fill(T::ZERO);
-            let first = masks.first_query(&sequence, m) / QUERIES * QUERIES;
+            let mut begun = [false; SPAN];
+            let first = masks.first_query(&sequence, begin) / QUERIES * QUERIES;
             for head in item.heads.clone() {
                 for l in (queries.start.max(first)..queries.end).step_by(QUERIES) {
                     let rows = QUERIES.min(queries.end - l);
-                    let cols = keys.min(masks.visible(&sequence, l + rows - 1).saturating_sub(m));
-                    if cols == 0 {
+                    let visible = end.min(masks.visible(&sequence, l + rows - 1));
+                    if visible <= begin {
                         continue;
                     }
-                    let block = Block { sequence, index, head, l, rows, m, cols };
-                    let query_rows = block.query_rows();
+                    let query_rows = sequence.query + l..sequence.query + l + rows;
                     let q = pack(q_rows, q.at(query_rows.start, head, head_dim), q.stride, rows, head_dim, factor);
                     let dy = pack(dy_rows, dy.at(query_rows.start, head, head_dim), dy.stride, rows, head_dim, T::ONE);
+                    for (begun, m) in begun.iter_mut().zip((begin..visible).step_by(KEYS)) {
+                        let (cols, at) = (KEYS.min(visible - m), m - begin);
+                        let block = Block { sequence, index, head, l, rows, m, cols };
 
-                    // P = 2^(x − lse), dP = dy Vᵀ, dx = P ∘ (dP − D)
-                    block.scores(x, q.left(), kt, self.inputs);
-                    product(dx, ROW, dy.left(), vt, rows, cols, head_dim, Start::Zero);
-                    score_gradients(x, dx, block, self.saved.lse, self.d, masks.dropout, unit, n_heads);
-                    match &mut sink {
-                        Sink::Inputs { dq, dk, dv } => {
-                            // y = P V: dV += Pᵀ dy
-                            if dv.is_some() {
-                                let p = Left { data: x, row: 1, col: ROW };
-                                product(dv_rows, width, p, dy, cols, head_dim, rows, Start::Sum);
+                        // P = 2^(x − lse), dP = dy Vᵀ, dx = P ∘ (dP − D)
+                        block.scores(x, q.left(), kt.columns_from(at), self.inputs);
+                        product(dx, ROW, dy.left(), vt.columns_from(at), rows, cols, head_dim, Start::Zero);
+                        score_gradients(x, dx, block, self.saved.lse, self.d, masks.dropout, unit, n_heads);
+                        match &mut sink {
+                            Sink::Inputs { dq, dk, dv } => {
+                                let start = if *begun { Start::Sum } else { Start::Zero };
+                                // y = P V: dV += Pᵀ dy
+                                if dv.is_some() {
+                                    let p = Left { data: x, row: 1, col: ROW };
+                                    product(&mut dv_rows[at * width..], width, p, dy, cols, head_dim, rows, start);
+                                }
+                                // x = (factor · Q) Kᵀ: dK += dxᵀ (factor · Q), dQ += factor · dx K
+                                if dk.is_some() {
+                                    let dx = Left { data: dx, row: 1, col: ROW };
+                                    product(&mut dk_rows[at * width..], width, dx, q, cols, head_dim, rows, start);
+                                }
+                                if dq.is_some() {
+                                    let dx = Left { data: dx, row: ROW, col: 1 };
+                                    let start = if at == 0 { Start::Zero } else { Start::Sum };
+                                    product(dq_rows, width, dx, k.rows_from(at), rows, head_dim, cols, start);
+                                }
+                                // Keys behind `cols` were not met yet.
+                                if !*begun {
+                                    let block = KEYS.min(keys - at);
+                                    for sums in [&mut *dk_rows, &mut *dv_rows] {
+                                        sums[(at + cols) * width..(at + block) * width].fill(T::ZERO);
+                                    }
+                                    *begun = true;
+                                }
                             }
-                            // x = (factor · Q) Kᵀ: dK += dxᵀ (factor · Q), dQ += factor · dx K
-                            if dk.is_some() {
-                                let dx = Left { data: dx, row: 1, col: ROW };
-                                product(dk_rows, width, dx, q, cols, head_dim, rows, Start::Sum);
-                            }
-                            if let Some(dq) = dq {
-                                let dx = Left { data: dx, row: ROW, col: 1 };
-                                product(dq_rows, width, dx, k, rows, head_dim, cols, Start::Zero);
-                                // SAFETY: rows and columns of this item alone.
-                                copy_out(unsafe { dq.part(query_rows, columns(head)) }, dq_rows, factor, true);
-                            }
-                        }
-                        Sink::Bias(dbias) => {
-                            for (i, dx) in dx.chunks(ROW).take(rows).enumerate() {
-                                let row = dbias.row(if dbias.rows == 1 { 0 } else { l - queries.start + i });
-                                if let [all] = row {
-                                    dx[..cols].iter().for_each(|dx| *all += *dx);
-                                } else {
-                                    row[m..].iter_mut().zip(&dx[..cols]).for_each(|(sum, dx)| *sum += *dx);
+                            Sink::Bias(dbias) => {
+                                for (i, dx) in dx.chunks(ROW).take(rows).enumerate() {
+                                    let row = dbias.row(if dbias.rows == 1 { 0 } else { l - queries.start + i });
+                                    if let [all] = row {
+                                        dx[..cols].iter().for_each(|dx| *all += *dx);
+                                    } else {
+                                        row[m..].iter_mut().zip(&dx[..cols]).for_each(|(sum, dx)| *sum += *dx);
+                                    }
                                 }
                             }
                         }
                     }
+                    if let Sink::Inputs { dq: Some(dq), .. } = &sink {
+                        // SAFETY: rows and columns of this item alone.
+                        copy_out(unsafe { dq.part(query_rows, columns(head)) }, dq_rows, factor, begin > 0);
+                    }
                 }
             }
             if let Sink::Inputs { dk, dv, .. } = &sink {
-                for (out, from) in [(dk, &*dk_rows), (dv, &*dv_rows)] {
-                    if let Some(out) = out {
-                        // SAFETY: rows and columns of this item alone.
-                        copy_out(unsafe { out.part(key_rows.clone(), columns(kv_head)) }, from, T::ONE, false);
+                for (begun, at) in begun.iter().zip((0..keys).step_by(KEYS)) {
+                    let here = KEYS.min(keys - at);
+                    let rows = key_rows.start + at..key_rows.start + at + here;
+                    for (out, from) in [(dk, &*dk_rows), (dv, &*dv_rows)] {
+                        if let Some(out) = out {
+                            // SAFETY: rows and columns of this item alone.
+                            let mut out = unsafe { out.part(rows.clone(), columns(kv_head)) };
+                            if *begun {
+                                copy_out(out, &from[at * width..], T::ONE, false);
+                            } else {
+                                out.clear();
+                            }
+                        }
                     }
                 }
             }

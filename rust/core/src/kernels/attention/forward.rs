@@ -93,14 +93,18 @@ fn forward_item<T: Float>(
         }
     }
 
-    for (state, (y, (&maximum, &sum))) in y.chunks(width).zip(maximum.iter().zip(&*sum)).enumerate() {
-        let (head, row) =
-            (item.heads.start + state / queries.len(), sequence.query + queries.start + state % queries.len());
-        // SAFETY: a row and columns of this item alone.
+    let query_rows = sequence.query + queries.start..sequence.query + queries.end;
+    for (g, head) in item.heads.clone().enumerate() {
+        let first = g * queries.len();
+        let (maximum, sum) = (&maximum[first..][..queries.len()], &sum[first..][..queries.len()]);
+        // SAFETY: rows and columns of this item alone.
         unsafe {
-            finish(out.part(row..row + 1, head * head_dim..(head + 1) * head_dim).row(0), y, sum);
+            finish(out.part(query_rows.clone(), head * head_dim..(head + 1) * head_dim), &y[first * width..], sum);
             if let Some(lse) = lse {
-                lse.part(row..row + 1, head..head + 1).row(0)[0] = maximum + sum.ln() * T::from_f64(LOG2_E);
+                let mut lse = lse.part(query_rows.clone(), head..head + 1);
+                for (i, (&maximum, &sum)) in maximum.iter().zip(sum).enumerate() {
+                    lse.row(i)[0] = maximum + sum.ln() * T::from_f64(LOG2_E);
+                }
             }
         }
     }
@@ -108,11 +112,14 @@ fn forward_item<T: Float>(
 
 kernel! {
     /// out = y / l, 0 where no key was kept. Adding +0 first makes the sign of a zero independent of keys that were not.
-    fn finish<'a, T>(s: S; out: &'a mut [T], y: &'a [T], sum: T) {
-        let factor = s.splat(T::ONE / sum);
-        for (out, y) in out.chunks_mut(S::LANES).zip(y.chunks(S::LANES)) {
-            let mean = s.mul(s.add(s.load_first(y, T::ZERO), s.zero()), factor);
-            s.store_first(if sum == T::ZERO { s.zero() } else { mean }, out);
+    fn finish<'a, T>(s: S; out: Out<'a, T>, y: &'a [T], sum: &'a [T]) {
+        let mut out = out;
+        for (i, (y, &sum)) in y.chunks(stride(out.cols)).zip(sum).enumerate() {
+            let factor = s.splat(T::ONE / sum);
+            for (out, y) in out.row(i).chunks_mut(S::LANES).zip(y.chunks_exact(S::LANES)) {
+                let mean = s.mul(s.add(s.load(y), s.zero()), factor);
+                s.store_first(if sum == T::ZERO { s.zero() } else { mean }, out);
+            }
         }
     }
 }

@@ -36,6 +36,16 @@ impl<'a, T> Packed<'a, T> {
         Packed { data, rows, cols, stride, finite }
     }
 
+    /// From row `first` on.
+    pub fn rows_from(self, first: usize) -> Self {
+        Packed { data: &self.data[first * self.stride..], rows: self.rows - first, ..self }
+    }
+
+    /// From column `first` on, which begins a vector.
+    pub fn columns_from(self, first: usize) -> Self {
+        Packed { data: &self.data[first..], cols: self.cols - first, ..self }
+    }
+
     /// The same numbers as a left factor.
     pub fn left(&self) -> Left<'a, T> {
         Left { data: self.data, row: self.stride, col: 1 }
@@ -77,7 +87,8 @@ pub(super) fn pack<'a, T: Float>(
     Packed { data: to, rows, cols, stride: stride(cols), finite }
 }
 
-/// The transposed matrix: `cols` rows and `rows` columns. Its numbers are taken for finite.
+/// The transposed matrix: `cols` rows and `rows` columns; those behind, to the end of a vector, hold anything. Its numbers
+/// are taken for finite.
 pub(super) fn pack_transposed<'a, T: Float>(
     to: &'a mut [T],
     from: &[T],
@@ -131,9 +142,9 @@ kernel! {
             // SAFETY: `lanes` rows from row c on, inside by the assertion, go to columns c.. of every row of `to`.
             unsafe {
                 let (from, to) = (from.as_ptr().add(c * from_stride), to.as_mut_ptr().add(c));
-                let squares = if lanes == S::LANES { cols / S::LANES * S::LANES } else { 0 };
+                let squares = cols / S::LANES * S::LANES;
                 for r in (0..squares).step_by(S::LANES) {
-                    s.transpose_ptr(from.add(r), from_stride, to.add(r * stride), stride);
+                    s.transpose_ptr(from.add(r), from_stride, lanes, to.add(r * stride), stride);
                 }
                 for r in squares..cols {
                     let mut column = [T::ZERO; MAX_LANES];

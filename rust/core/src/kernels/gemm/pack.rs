@@ -128,7 +128,7 @@ crate::kernel! {
                         s.store(F::unit(s, step(k), second), square);
                     }
                     // SAFETY: by the assertion `dst` has the square's rows and columns.
-                    unsafe { s.transpose_ptr(square.as_ptr(), S::LANES, dst.as_mut_ptr().add(row * stride + from), stride) };
+                    unsafe { s.transpose_ptr(square.as_ptr(), S::LANES, S::LANES, dst.as_mut_ptr().add(row * stride + from), stride) };
                 }
             }
             return;
@@ -175,7 +175,7 @@ fn turn<T: Float, S: Simd<T>, F: Form>(s: S, dst: &mut [T], stride: usize, src: 
                 let from = src.data.as_ptr().add(row * src.row_stride + j * F::STEPS);
                 let to = dst.as_mut_ptr().add(j * stride);
                 if F::IN_PLACE {
-                    s.transpose_ptr(from, src.row_stride, to, stride);
+                    s.transpose_ptr(from, src.row_stride, S::LANES, to, stride);
                     continue;
                 }
                 let mut square = [T::ZERO; MAX_LANES * MAX_LANES];
@@ -185,7 +185,7 @@ fn turn<T: Float, S: Simd<T>, F: Form>(s: S, dst: &mut [T], stride: usize, src: 
                     let units = F::adjacent(s, s.load_ptr(from), high);
                     s.store_ptr(units, square.as_mut_ptr().add(i * S::LANES));
                 }
-                s.transpose_ptr(square.as_ptr(), S::LANES, to, stride);
+                s.transpose_ptr(square.as_ptr(), S::LANES, S::LANES, to, stride);
             }
         }
     }
