@@ -8,7 +8,7 @@ use super::product::{Left, Packed, Start, product, stride};
 use super::{Inputs, KEYS, QUERIES, Sequence};
 use crate::kernel;
 use crate::rng::Dropout;
-use crate::simd::{Float, MAX_LANES, Simd, math};
+use crate::simd::{Float, Simd, math};
 use std::f64::consts::LOG2_E;
 use std::ops::Range;
 
@@ -36,12 +36,13 @@ impl Block {
         self.sequence.query + self.l..self.sequence.query + self.l + self.rows
     }
 
-    /// x = the scores, from queries q (times [`factor`]) and keys kt (transposed).
+    /// x = the scores, from queries q (times [`factor`]) and keys kt (transposed). Behind them, to the end of a vector, stands
+    /// anything.
     pub fn scores<T: Float>(&self, x: &mut [T], q: Left<'_, T>, kt: Packed<'_, T>, inputs: &Inputs<'_, T>) {
         product(x, ROW, q, kt, self.rows, self.cols, inputs.heads.head_dim, Start::Zero);
         let Masks { causal, keep, bias, .. } = inputs.masks;
         let every = !causal || inputs.masks.visible(&self.sequence, self.l) >= self.m + self.cols;
-        if !every || keep.is_some() || bias.is_some() || !self.cols.is_multiple_of(MAX_LANES) {
+        if !every || keep.is_some() || bias.is_some() {
             mask(x, *self, inputs.masks);
         }
     }
@@ -58,7 +59,7 @@ pub(super) fn factor<T: Float>(scale: f64) -> T {
 }
 
 kernel! {
-    /// Turns products q · k into scores. Columns behind the block, to the end of a vector, become −∞ too.
+    /// Turns products q · k into scores.
     fn mask<'a, T>(s: S; x: &'a mut [T], block: Block, masks: Masks<'a, T>) {
         let Block { sequence, index, head, l, rows, m, cols } = block;
         let unit = s.splat(T::from_f64(LOG2_E));
@@ -66,7 +67,9 @@ kernel! {
         let keep = masks.keep.map(|grid| grid.block(index, head, l, m));
         for (i, x) in x.chunks_mut(ROW).take(rows).enumerate() {
             let visible = masks.visible(&sequence, l + i).saturating_sub(m).min(cols);
-            for (j, x) in (0..cols).step_by(S::LANES).zip(x.chunks_exact_mut(S::LANES)) {
+            // Without a bias whole vectors before that stay as they are.
+            let first = if bias.is_some() { 0 } else { visible / S::LANES * S::LANES };
+            for (j, x) in (first..cols).step_by(S::LANES).zip(x[first..].chunks_exact_mut(S::LANES)) {
                 let mut score = s.load(x);
                 if let Some(Plane { data, row, col }) = bias {
                     let bias = &data[i * row..];
@@ -95,22 +98,35 @@ kernel! {
     /// One step of the running softmax: m' = max(m, max x), weights w = 2^(x − m'), l' = 2^(m − m') l + Σ w. What was
     /// summed up so far has to shrink by 2^(m − m'). On return `x` holds dropout(w).
     pub(super) fn advance<'a, T>(s: S; x: &'a mut [T], block: Block, maximum: &'a mut [T], sum: &'a mut [T], shrink: &'a mut [T; QUERIES], dropout: Option<Dropout>, n_heads: usize) {
-        let mut sums = [T::ZERO; QUERIES];
-        for (i, x) in x.chunks_mut(ROW).take(block.rows).enumerate() {
-            let x = &mut x[..block.cols.next_multiple_of(S::LANES)];
+        let (mut highest, mut sums) = ([T::NEG_INFINITY; QUERIES], [T::ZERO; QUERIES]);
+        let whole = block.cols / S::LANES * S::LANES;
+        // Loops over all rows: the maximum of one and the sum of another do not wait for each other.
+        for (x, highest) in x.chunks_mut(ROW).zip(&mut highest[..block.rows]) {
             // The second argument of `max` wins over NaN: the maximum is never NaN, the weights are.
-            let mut highest = s.splat(T::NEG_INFINITY);
-            for x in x.chunks_exact(S::LANES) {
-                highest = s.max(s.load(x), highest);
+            let mut maximum = s.splat(T::NEG_INFINITY);
+            for x in x[..whole].chunks_exact(S::LANES) {
+                maximum = s.max(s.load(x), maximum);
             }
-            let highest = s.reduce_max(highest);
-            let before = maximum[i];
-            let now = if highest > before { highest } else { before };
-            maximum[i] = now;
+            if whole < block.cols {
+                let last = &mut x[whole..][..S::LANES];
+                let scores = s.select(s.first(block.cols - whole), s.load(last), s.splat(T::NEG_INFINITY));
+                s.store(scores, last);
+                maximum = s.max(scores, maximum);
+            }
+            *highest = s.reduce_max(maximum);
+        }
+        for ((highest, shrink), maximum) in highest.iter_mut().zip(shrink.iter_mut()).zip(maximum) {
+            let before = *maximum;
+            let now = if *highest > before { *highest } else { before };
+            *maximum = now;
             // While no key is kept everything is −∞, and 2^(−∞ − 0) = 0.
             let base = if now == T::NEG_INFINITY { T::ZERO } else { now };
-            shrink[i] = if now == before { T::ZERO } else { before - base };
-            let base = s.splat(base);
+            *shrink = if now == before { T::ZERO } else { before - base };
+            *highest = base;
+        }
+        for (i, x) in x.chunks_mut(ROW).take(block.rows).enumerate() {
+            let x = &mut x[..block.cols.next_multiple_of(S::LANES)];
+            let base = s.splat(highest[i]);
             let mut total = s.zero();
             for x in x.chunks_exact_mut(S::LANES) {
                 let weight = math::exp2(s, s.sub(s.load(x), base));

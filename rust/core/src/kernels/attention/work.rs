@@ -12,7 +12,7 @@ use std::sync::{Mutex, PoisonError};
 /// Queries that share packed keys and values in the forward pass, at most.
 const CHUNK: usize = 576;
 /// Multiply-adds of a task that is worth handing out.
-const GRAIN: usize = 1 << 19;
+const GRAIN: usize = 1 << 18;
 /// Pairs that take as long as an item without any: the step of a decoding has items of one query.
 const ITEM: usize = 128;
 /// Multiply-adds per product of a task that is long enough: some 15 ms of the five products of the backward pass.
@@ -112,9 +112,12 @@ impl<T: Float> Inputs<'_, T> {
         }
         let mut tasks: Vec<Range<usize>> = Vec::new();
         let mut filled = grain;
+        let mut before = None;
         for (i, item) in items.iter().enumerate() {
+            // Heads of a sequence lie beside each other: threads that share its rows wait for each other's cache lines.
+            let together = before.replace(item.sequence) == Some(item.sequence);
             match tasks.last_mut() {
-                Some(task) if filled < grain => task.end = i + 1,
+                Some(task) if filled < if together { 4 * grain } else { grain } => task.end = i + 1,
                 _ => {
                     tasks.push(i..i + 1);
                     filled = 0;
