@@ -13,9 +13,9 @@ import numpy as np
 from benches.common import Options, Player, Row, Section, ratio, spread, table, take_turns, times_text
 from benches.vs_ctranslate2 import FIRST_ID, VOCAB, write_ours
 
-SENTENCES, LONGEST = 64, 48
+SENTENCES, LONGEST = 128, 48
 PRECISIONS = ("f32", "int8")
-TURNS = 4  # at most
+TURNS = 3  # at most
 
 
 class Ours:

@@ -437,6 +437,24 @@ def test_answers_of_a_generator_are_those_of_the_list(options, workers):
         assert [ids.tobytes() for ids in answers] == expected
 
 
+def test_no_worker_takes_more_than_its_share(monkeypatch):
+    from transformer_rs import _window
+
+    taken, push = [], _window._push
+
+    def note(decoder, new):
+        taken.append([len(ids) for _, ids in new])
+        push(decoder, new)
+
+    monkeypatch.setattr(_window, "_push", note)
+    inputs = [SOURCES[0] * (1 + i % 5) for i in range(60)]
+    assert len(list(model_of().generate_iter(inputs, workers=3, max_len=3, min_len=3))) == 60
+    # Long and short ones, the longest first.
+    assert taken[0] == sorted([3, 6, 9, 12, 15] * 4, reverse=True)
+    # One that is done early has a share of the rest.
+    assert max(map(len, taken)) == 20 and sum(map(len, taken)) == 60
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_window_is_read_ahead_and_no_more(workers):
     model, read, counts = model_of(8), [], []

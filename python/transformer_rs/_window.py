@@ -14,7 +14,7 @@ from .config import TransformerConfig
 from .errors import DTypeError
 from .threads import num_threads
 
-# Sources that a worker decodes side by side: a core is busy with them, and the last ones end at about the same time.
+# Sources that a worker decodes side by side at most: they keep a core busy.
 _AT_ONCE = 64
 
 _Source = tuple[int, IntArray]
@@ -103,11 +103,15 @@ class _Workers:
         self.waiting: queue.SimpleQueue[_Source | None] = queue.SimpleQueue()
         self.done: queue.SimpleQueue[_Done | BaseException] = queue.SimpleQueue()
         self.decoders, self.stopped = decoders, False
-        self.threads = [threading.Thread(target=self.run, args=(decoder,), daemon=True) for decoder in decoders]
+        self.under_way = [0] * len(decoders)
+        self.threads = [threading.Thread(target=self.run, args=(i,), daemon=True) for i in range(len(decoders))]
 
     def take(self, new: list[_Source]) -> None:
-        for source in new:
-            self.waiting.put(source)
+        n = len(self.decoders)
+        # The longest first, for each of them.
+        for i in range(n):
+            for source in new[i::n]:
+                self.waiting.put(source)
         for thread in self.threads:
             if thread.ident is None:
                 thread.start()
@@ -132,14 +136,20 @@ class _Workers:
             if thread.ident is not None:
                 thread.join()
 
-    def run(self, decoder: _core.Decoder) -> None:
+    def run(self, worker: int) -> None:
+        decoder = self.decoders[worker]
         try:
             with num_threads(1):
                 while not self.stopped:
-                    here = decoder.sources()
+                    here = self.under_way[worker] = decoder.sources()
+                    # All end at about the same time if none has more than its share.
+                    left = self.waiting.qsize() + sum(self.under_way)
+                    most = min(_AT_ONCE, -(-left // len(self.decoders)))
                     # Not one by one: what is encoded together is encoded faster.
-                    if here <= _AT_ONCE * 3 // 4:
-                        _push(decoder, self.next(_AT_ONCE - here, wait=here == 0))
+                    if here <= most * 3 // 4:
+                        new = self.next(max(1, most - here), wait=here == 0)
+                        self.under_way[worker] += len(new)
+                        _push(decoder, new)
                     done = decoder.step(False)[1]
                     if done:
                         self.done.put(_ids(done))
