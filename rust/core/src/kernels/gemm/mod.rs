@@ -8,7 +8,7 @@
 //! **Speed.** One micro-kernel (`tile`) holds a tile of C in registers and reads B from panels in the order of use: packed
 //! once for inference ([`PackedRhs`]), per call otherwise, or not at all where there are too few rows to make up for it.
 //! A is read where it lies, unless its rows fall on one set of the L1 cache; transposed, it is packed into panels as high
-//! as the tile. Tasks are blocks of C that fit the L2 cache; skinny products are cut by columns alone.
+//! as the tallest tile. Tasks are blocks of C that fit the L2 cache; skinny products are cut by columns alone.
 
 mod bf16;
 mod epilogue;
@@ -376,25 +376,24 @@ struct Grid {
 }
 
 impl Grid {
-    /// About eight tasks per worker, none too small. No bit depends on it.
+    /// About eight tasks per worker, or four, none too small. No bit depends on it.
     fn new(rows: usize, cols: usize, depth: usize, workers: usize, tile: (usize, usize), from_memory: bool) -> Self {
         // Where there are rows for all, tasks are thin and wide: each row of A is read by few of them. Where B comes from memory
         // it is to come once.
-        let most = match () {
-            _ if workers > 1 && rows >= 8 * workers * TASK_ROWS / 2 => TASK_ROWS / 2,
-            _ if from_memory => TASK_ROWS.max(TASK_A / depth.clamp(1, KC)),
-            _ => TASK_ROWS,
+        let most = if workers > 1 && rows >= 8 * workers * TASK_ROWS / 2 {
+            TASK_ROWS / 2
+        } else if from_memory {
+            TASK_ROWS.max(TASK_A / depth.clamp(1, KC))
+        } else {
+            TASK_ROWS
         };
         let row_blocks = rows.div_ceil(most);
         let row_block = rows.div_ceil(row_blocks).next_multiple_of(tile.0);
         let at_once = tile::shape(rows.min(row_block), tile.0).1 * tile.1;
         let at_least = (TASK / (row_block.min(rows).max(LEAST_ROWS) * depth.max(1)).max(1)).max(1);
-        let wanted = match workers {
-            1 => cols,
-            // The first panels of a task are waited for.
-            _ if from_memory => cols.div_ceil((4 * workers).div_ceil(row_blocks)),
-            _ => cols.div_ceil((8 * workers).div_ceil(row_blocks)),
-        };
+        // The first panels of a task are waited for where they come from memory.
+        let tasks = if from_memory { 4 } else { 8 } * workers;
+        let wanted = if workers == 1 { cols } else { cols.div_ceil(tasks.div_ceil(row_blocks)) };
         let col_block = wanted.max(at_least).min(TASK_COLS).next_multiple_of(at_once);
         Grid { rows, cols, row_block, col_block }
     }
