@@ -1,33 +1,16 @@
 """Every option of decoding against plain NumPy, and the same bits in any company."""
 
-import itertools
 import pickle
-import threading
 
 import numpy as np
 import pytest
 from plain_decoding import BOS, EOS, PAD, Plain, log_softmax
+from small_models import WORDS, talkative
 
 import transformer_rs as tr
 
 SOURCES = [[3, 4, 5], [6], [8, 7, 3, 4, 4], [5, 5]]
 PREFIXES = [[3], [], [6, 6], [7, 5, 5]]
-WORDS = 12
-
-
-def model_of(seed=0, **values):
-    small = {"d_model": 16, "n_heads": 2, "n_encoder_layers": 2, "n_decoder_layers": 2, "d_ff": 24, "dropout": 0.0}
-    model = tr.Transformer(tr.TransformerConfig(**{"src_vocab": 9, "tgt_vocab": WORDS, **small, **values}), seed=seed)
-    # Fresh models say little: let the logits differ, and EOS be said.
-    state = model.state_dict()
-    rng = np.random.default_rng(seed)
-    for name, array in state.items():
-        if name.endswith(".weight") and "norm" not in name:
-            state[name] = array * 2.5
-    if "head.bias" in state:
-        state["head.bias"] = rng.standard_normal(state["head.bias"].shape).astype(np.float32)
-    model.load_state_dict(state)
-    return model
 
 
 # ---- the options
@@ -79,7 +62,7 @@ SAMPLING = {
 def test_a_search_is_the_plain_one(name, beam):
     options = {**OPTIONS[name], "beam": beam}
     for seed in range(3):
-        model = model_of(seed)
+        model = talkative(seed)
         found = model.hypotheses(SOURCES, n_best=beam, **options)
         for row, (source, best) in enumerate(zip(SOURCES, found, strict=True)):
             expected = Plain(model, source, row, **options).search()[:beam]
@@ -96,7 +79,7 @@ def test_a_search_is_the_plain_one(name, beam):
 @pytest.mark.parametrize("name", SAMPLING)
 def test_a_draw_is_the_plain_one(name):
     options = SAMPLING[name]
-    model, seen = model_of(1), set()
+    model, seen = talkative(1), set()
     for seed in (0, 5, 2**40 + 3):
         found = model.hypotheses(SOURCES, n_best=2, seed=seed, **options)
         each = model.hypotheses(SOURCES, seed=[seed, 1, 2, seed + 1], **options)
@@ -116,7 +99,7 @@ def test_a_draw_is_the_plain_one(name):
 
 
 def test_frequencies_of_draws_are_the_models_probabilities():
-    model = model_of(2)
+    model = talkative(2)
     first = model.hypotheses([SOURCES[0]] * 2000, n_best=2, temperature=1.0, seed=3, max_len=1, suppress=[EOS])
     counts = np.bincount([h.ids[0] for best in first for h in best], minlength=WORDS) / 4000
     expected = np.exp(log_softmax(model([SOURCES[0]], [[BOS]])[0][0]))
@@ -126,7 +109,7 @@ def test_frequencies_of_draws_are_the_models_probabilities():
 
 @pytest.mark.parametrize("beam", [1, 2])
 def test_alternatives_are_the_models_likeliest(beam):
-    model = model_of(3)
+    model = talkative(3)
     for source, best in zip(
         SOURCES,
         model.hypotheses(SOURCES, beam=beam, n_best=beam, alternatives=4, **OPTIONS["everything"]),
@@ -145,7 +128,7 @@ def test_alternatives_are_the_models_likeliest(beam):
 
 
 def test_rows_of_scores_are_log_probabilities():
-    model = model_of(4)
+    model = talkative(4)
     targets = [[3, 4], [], [5, 6, 7], [8]]
     scores, rows = model.score(SOURCES, targets, eos=[True, True, False, False], return_rows=True)
     assert all(
@@ -161,7 +144,7 @@ def test_rows_of_scores_are_log_probabilities():
 
 
 def test_encoder_states_are_what_the_decoder_reads():
-    model = model_of(4)
+    model = talkative(4)
     states = model.encode(SOURCES)
     assert [s.shape for s in states] == [(len(source), 16) for source in SOURCES]
     padded = np.zeros((4, 7), int)
@@ -174,7 +157,7 @@ def test_encoder_states_are_what_the_decoder_reads():
         assert np.array_equal(model.encode([source])[0], s)
     assert np.array_equal(model.encode(np.where(padded == 0, 8, padded), lengths=[3, 1, 5, 2]), array)
     # An encoder whose layers add nothing gives its embeddings, at √d, with sinusoids.
-    bare = model_of(0, final_norm=False)
+    bare = talkative(0, final_norm=False)
     silent = ("out.weight", "out.bias", "down.weight", "down.bias")
     state = bare.state_dict()
     bare.load_state_dict({n: a * 0 if n.startswith("encoder") and n.endswith(silent) else a for n, a in state.items()})
@@ -205,7 +188,7 @@ EVERY = {
 
 @pytest.mark.parametrize("name", EVERY)
 def test_the_same_bits_in_any_company(name):
-    options, model = EVERY[name], model_of(5)
+    options, model = EVERY[name], talkative(5)
     asked = {"n_best": options.get("beam", 3), "alternatives": 2}
     together = [bits(best) for best in model.hypotheses(SOURCES, **asked, **options)]
     for row, source in enumerate(SOURCES):
@@ -234,7 +217,7 @@ def test_the_same_bits_in_any_company(name):
 
 def test_more_sources_than_places():
     """Those that are done make room for others, which say what they say alone."""
-    model = model_of(6)
+    model = talkative(6)
     many = [SOURCES[i * 3 % 4] for i in range(600)]
     for options in ({}, {"beam": 50, "n_best": 2}, {"temperature": 1.0, "seed": [i * 3 % 4 for i in range(600)]}):
         found = model.hypotheses(many, **options)
@@ -248,7 +231,7 @@ def test_more_sources_than_places():
 
 
 def test_a_processor_gets_copies_and_the_models_own_logits():
-    model, seen = model_of(1), []
+    model, seen = talkative(1), []
 
     def spoil(ids, logits):
         seen.append((ids.tolist(), logits.copy()))
@@ -265,7 +248,7 @@ def test_a_processor_gets_copies_and_the_models_own_logits():
 
 
 def test_a_processor_cannot_allow_what_is_forbidden():
-    model = model_of(1)
+    model = talkative(1)
     wild = lambda ids, logits: [1e9, 1e9, 1e9, 1e9] + [0.0] * (WORDS - 4)  # noqa: E731
     for beam in (1, 3):
         said = model.generate(SOURCES, max_len=6, min_len=6, suppress=[3], beam=beam, logits_processor=wild)
@@ -277,7 +260,7 @@ class Mine(Exception):
 
 
 def test_what_a_processor_raises_comes_out():
-    model, error = model_of(1), Mine("mine")
+    model, error = talkative(1), Mine("mine")
 
     def late(ids, logits):
         if len(ids) == 2:
@@ -297,7 +280,7 @@ def test_what_a_processor_raises_comes_out():
 
 def test_none_means_not_given():
     """Of every option."""
-    model = model_of()
+    model = talkative()
     names = tr._decoding.DecodingOptions.__annotations__
     for given, none in zip(model.generate(SOURCES), model.generate(SOURCES, **dict.fromkeys(names)), strict=True):
         assert given.tolist() == none.tolist()
@@ -305,7 +288,7 @@ def test_none_means_not_given():
 
 @pytest.mark.parametrize("options", [{}, {"beam": 3}, {"temperature": 1.0, "seed": 0}])
 def test_where_nothing_may_follow_the_answer_ends_unfinished(options):
-    model = model_of()
+    model = talkative()
 
     def late(ids, logits):
         return logits - (np.inf if len(ids) == 2 else 0)
@@ -323,7 +306,7 @@ def test_where_nothing_may_follow_the_answer_ends_unfinished(options):
 
 
 def test_a_processor_may_use_the_model_and_other_threads():
-    model = model_of(1)
+    model = talkative(1)
 
     def ask(ids, logits):
         assert len(model.generate(SOURCES, max_len=3)) == 4
@@ -346,7 +329,7 @@ def test_a_processor_may_use_the_model_and_other_threads():
     ],
 )
 def test_processors_that_misbehave(answer, error, text):
-    model = model_of()
+    model = talkative()
     for options in ({}, {"beam": 3}, {"temperature": 1.0}):
         with pytest.raises(error, match=text):
             model.generate(SOURCES, logits_processor=answer, **options)
@@ -354,168 +337,11 @@ def test_processors_that_misbehave(answer, error, text):
 
 
 def test_a_processor_that_forbids_everything_ends_the_answer():
-    model = model_of()
+    model = talkative()
     nothing = lambda ids, x: x if len(ids) < 2 else np.full(WORDS, -np.inf)  # noqa: E731
     for options in ({}, {"beam": 3}, {"temperature": 1.0, "seed": 0}):
         for best in model.hypotheses(SOURCES, min_len=3, logits_processor=nothing, **options):
             assert len(best[0].ids) == 2 and not best[0].finished
-
-
-# ---- streams
-
-
-def test_a_stream_works_as_it_is_consumed_and_stops_when_dropped():
-    model, asked = model_of(7), []
-    count = lambda ids, x: asked.append(len(ids)) or x  # noqa: E731
-    stream = model.stream(SOURCES[0], min_len=10, logits_processor=count)
-    assert asked == []
-    expected = model.generate(SOURCES[:1], min_len=10)[0].tolist()
-    assert list(itertools.islice(stream, 3)) == expected[:3] and asked == [0, 1, 2]
-    other = model.stream(SOURCES[0], min_len=10)
-    assert [next(other), next(stream), *other] == [expected[0], expected[3], *expected[1:]]
-    del stream
-    assert asked == [0, 1, 2, 3]
-    stream = model.stream(SOURCES[0], max_len=2)
-    assert list(stream) == model.generate(SOURCES[:1], max_len=2)[0].tolist()
-    assert next(stream, None) is None and next(stream, None) is None
-
-
-def test_a_stream_ends_with_the_weights_that_began_it():
-    model = model_of(7)
-    stream = model.stream(SOURCES[0], min_len=10)
-    next(stream)
-    tr.Trainer(model, seed=0).step([[3]], [[4]])
-    with pytest.raises(tr.ConfigError, match="weights have changed"):
-        next(stream)
-    assert next(stream, None) is None
-    assert len(list(model.stream(SOURCES[0], max_len=3, min_len=3))) == 3
-
-
-def test_a_stream_asked_for_twice_at_once_is_refused():
-    model = model_of(7)
-    stream = model.stream(SOURCES[0], min_len=5, logits_processor=lambda ids, x: next(stream))
-    with pytest.raises(ValueError, match="already executing"):
-        next(stream)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "text"),
-    [
-        ({"beam": 2}, tr.ConfigError, "`beam`"),
-        ({"patience": 2.0}, tr.ConfigError, "`patience`"),
-        ({"n_best": 2}, tr.DTypeError, "n_best"),
-        ({"prefixes": [[3], [4]]}, tr.ShapeError, "prefixes"),
-        ({"max_len": 0}, tr.ConfigError, "max_len"),
-        ({"temperature": -1.0}, tr.ConfigError, "temperature"),
-    ],
-)
-def test_streams_are_checked_before_they_begin(options, error, text):
-    with pytest.raises(error, match=text):
-        model_of().stream(SOURCES[0], **options)
-    with pytest.raises(tr.ShapeError):
-        model_of().stream([SOURCES[0]])
-
-
-# ---- any number of sources
-
-
-def endless():
-    for i in itertools.count():
-        yield SOURCES[i * 3 % 4] + [3 + i % 5] * (i * 7 % 4)
-
-
-@pytest.mark.parametrize("workers", [1, 2, 3])
-@pytest.mark.parametrize(
-    "options", [{}, {"beam": 3}, {"temperature": 1.0, "seed": 4}, {"no_repeat_ngram": 2, "min_len": 3}]
-)
-def test_answers_of_a_generator_are_those_of_the_list(options, workers):
-    model = model_of(8)
-    inputs = list(itertools.islice(endless(), 300))
-    expected = [ids.tobytes() for ids in model.generate(inputs, max_len=6, **options)]
-    for max_tokens in (1, 40, 10**6):
-        answers = model.generate_iter(iter(inputs), max_tokens=max_tokens, workers=workers, max_len=6, **options)
-        assert [ids.tobytes() for ids in answers] == expected
-
-
-def test_no_worker_takes_more_than_its_share(monkeypatch):
-    from transformer_rs import _window
-
-    taken, push = [], _window._push
-
-    def note(decoder, new):
-        taken.append([len(ids) for _, ids in new])
-        push(decoder, new)
-
-    monkeypatch.setattr(_window, "_push", note)
-    inputs = [SOURCES[0] * (1 + i % 5) for i in range(60)]
-    assert len(list(model_of().generate_iter(inputs, workers=3, max_len=3, min_len=3))) == 60
-    # Long and short ones, the longest first.
-    assert taken[0] == sorted([3, 6, 9, 12, 15] * 4, reverse=True)
-    # One that is done early has a share of the rest.
-    assert max(map(len, taken)) == 20 and sum(map(len, taken)) == 60
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_window_is_read_ahead_and_no_more(workers):
-    model, read, counts = model_of(8), [], []
-
-    def inputs():
-        for i, ids in enumerate(endless()):
-            read.append(len(ids))
-            assert i < 500, "endless"
-            yield ids
-
-    before = threading.active_count()
-    answers = model.generate_iter(inputs(), max_tokens=100, max_len=4, workers=workers, progress=counts.append)
-    assert read == []
-    for given, _ in enumerate(itertools.islice(answers, 40)):
-        assert sum(read[given:]) < 100 + 10
-    assert counts == list(range(1, 41))
-    answers.close()
-    assert threading.active_count() == before
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_what_is_wrong_with_an_input_is_said_with_its_number(workers):
-    model = model_of(8)
-    for bad, error, text in (
-        ([3, 99], tr.TokenOutOfRangeError, r"inputs\[5\].*99"),
-        ([], tr.ShapeError, r"inputs\[5\]"),
-        ("ab", tr.DTypeError, r"inputs\[5\]"),
-    ):
-        with pytest.raises(error, match=text):
-            list(model.generate_iter([[3, 4]] * 5 + [bad], workers=workers))
-    with pytest.raises(Mine):
-        list(model.generate_iter((raise_mine() for _ in range(3)), workers=workers))
-    assert list(model.generate_iter([], workers=workers)) == []
-    state = model.state_dict()
-    model.load_state_dict({**state, "head.bias": np.full(WORDS, np.nan, np.float32)})
-    with pytest.raises(tr.NonFiniteError):
-        list(model.generate_iter(SOURCES, workers=workers))
-
-
-def raise_mine():
-    raise Mine
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "text"),
-    [
-        ({"workers": 0}, tr.ConfigError, "workers"),
-        ({"max_tokens": 0}, tr.ConfigError, "max_tokens"),
-        ({"progress": 3}, tr.DTypeError, "progress"),
-        ({"prefixes": PREFIXES}, tr.ConfigError, "prefixes"),
-        ({"temperature": 1.0, "seed": [1, 2, 3, 4]}, tr.ConfigError, "seed"),
-        ({"workers": 2, "logits_processor": favour}, tr.ConfigError, "logits_processor"),
-        ({"beam": 0}, tr.ConfigError, "beam"),
-        ({"top_p": 2.0}, tr.ConfigError, "top_p"),
-    ],
-)
-def test_settings_of_generators_are_checked_before_anything_is_read(options, error, text):
-    with pytest.raises(error, match=text):
-        model_of().generate_iter((raise_mine() for _ in range(3)), **options)
-    with pytest.raises(tr.DTypeError, match="inputs"):
-        model_of().generate_iter("ab")
 
 
 # ---- bad input
@@ -567,14 +393,14 @@ def test_settings_of_generators_are_checked_before_anything_is_read(options, err
     ],
 )
 def test_settings_are_checked(options, error, text):
-    model = model_of()
+    model = talkative()
     with pytest.raises(error, match=text):
         model.generate([[3, 4], [3]], **options)
     assert len(model.generate([[3]])) == 1
 
 
 def test_errors_name_the_call_and_the_argument_that_was_passed():
-    model = model_of()
+    model = talkative()
     for call in (model.generate, model.hypotheses, model.generate_iter):
         with pytest.raises(tr.ConfigError, match=rf"^Transformer\.{call.__name__}: argument `top_p`: "):
             call([[3, 4]], top_p=2)
@@ -594,7 +420,7 @@ def test_errors_name_the_call_and_the_argument_that_was_passed():
 
 
 def test_settings_of_hypotheses_are_checked():
-    model = model_of()
+    model = talkative()
     for options, text in (
         ({"n_best": 2}, "n_best"),
         ({"n_best": 0, "temperature": 1.0}, "n_best"),
@@ -604,4 +430,4 @@ def test_settings_of_hypotheses_are_checked():
         with pytest.raises(tr.ConfigError, match=text):
             model.hypotheses([[3]], **options)
     with pytest.raises(tr.ConfigError, match="max_len = 9 needs as many positions"):
-        model_of(positions="learned", max_positions=8).generate([[3]], max_len=9)
+        talkative(positions="learned", max_positions=8).generate([[3]], max_len=9)

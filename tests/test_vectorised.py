@@ -2,7 +2,8 @@
 
 Every kernel exists for f32, which runs on the best instructions, and for f64, which runs the same source on plain ones. Both are timed in one run, turn
 by turn, on one thread and with data that fits the caches; the best turns are compared, never seconds. A kernel that lost its vector instructions
-(a helper that is no longer inlined is enough) falls to a ratio of about one or below. The limits are about half of what a Zen 4 shows with AVX2.
+(a helper that is no longer inlined is enough) falls to a ratio of about one or below. The limits are at most 60 % of the lowest ratio seen on a quiet Zen 4
+or Sapphire Rapids, because a machine that others use brings them nearer to each other.
 """
 
 import json
@@ -16,19 +17,19 @@ import transformer_rs as tr
 
 # How many times faster f32 must be at least: forward, backward (with the part of it that is meant).
 LEAST = {
-    "linear": {"forward": 3.0, "dx backward": 3.0, "dW backward": 3.0, "db backward": 1.7},
+    "linear": {"forward": 3.0, "dx backward": 3.0, "dW backward": 3.0, "db backward": 1.2},
     "attention": {"forward": 3.0, "backward": 3.0},
     "attention (causal)": {"forward": 3.0, "backward": 3.0},
     "softmax": {"forward": 6.0, "backward": 1.3},
-    "layer_norm": {"forward": 1.5, "backward": 1.5},
-    "rms_norm": {"forward": 2.0, "backward": 2.0},
-    "batch_norm": {"forward": 1.3, "backward": 1.5},
-    "relu": {"forward": 1.1, "backward": 1.1},
+    "layer_norm": {"forward": 1.05, "backward": 1.3},
+    "rms_norm": {"forward": 1.2, "backward": 1.8},
+    "batch_norm": {"forward": 1.05, "backward": 1.5},
+    "relu": {"forward": 0.9, "backward": 1.0},
     "gelu": {"forward": 3.5, "backward": 5.0},
     "gelu_tanh": {"forward": 5.0, "backward": 5.0},
     "silu": {"forward": 7.0, "backward": 7.0},
     "swiglu": {"forward": 6.0, "backward": 6.0},
-    "dropout": {"forward": 2.0, "backward": 2.0},
+    "dropout": {"forward": 1.7, "backward": 1.8},
     "cross_entropy": {"forward": 4.0, "backward": 5.0},
 }
 # A pass that exists in f32 alone: its GB/s as a share of those of ReLU, whose ratio is checked above.
