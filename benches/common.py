@@ -108,14 +108,18 @@ class Player:
         self.case = case
         if warm_ups > 1:
             self.play(warm_ups - 1)
-        self.seconds = self.play(1)[0]
-        self.steps = max(1, round(TURN_SECONDS / self.seconds))
+        self.seconds: float = self.play(1)[0]
+        self.steps: int = max(1, round(TURN_SECONDS / self.seconds))
         self.times: list[float] = []
         self.faults: list[float] = []
 
     def play(self, steps: int) -> Any:
-        self.pipe.send((steps, self.case))
+        self.ask(steps)
         return self.pipe.recv()
+
+    def ask(self, steps: int) -> None:
+        """The answer will come through the pipe."""
+        self.pipe.send((steps, self.case))
 
     def turn(self) -> None:
         seconds, self.number, faults = self.play(self.steps)
@@ -127,7 +131,7 @@ class Player:
         self.pipe.send(None)
         about: dict[str, Any] = self.pipe.recv()
         self.process.join()
-        return about | {"faults_per_step": statistics.median(self.faults)}
+        return about | {"faults_per_step": statistics.median(self.faults or [0])}
 
 
 def take_turns(players: dict[str, Player], turns: int) -> dict[str, dict[str, Any]]:
@@ -136,6 +140,13 @@ def take_turns(players: dict[str, Player], turns: int) -> dict[str, dict[str, An
         for player in players.values():
             player.turn()
     return {name: player.leave() for name, player in players.items()}
+
+
+def play_at_once(players: list[Player]) -> float:
+    """All take as many steps at the same time; seconds of a step, the mean of all."""
+    for player in players:
+        player.ask(players[0].steps)
+    return statistics.mean(float(player.pipe.recv()[0]) for player in players) / players[0].steps
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -7,6 +7,7 @@ use crate::kernels::lanes::map;
 use crate::kernels::top_k::{Entry, top_k};
 use crate::rng::Key;
 use crate::simd::math;
+use std::cmp::Ordering;
 
 /// How tokens are drawn. The steps follow one another as in Hugging Face's `generate`, each on what the last one left:
 ///
@@ -133,19 +134,20 @@ kernel! {
     }
 }
 
-/// The `k` largest entries of an edited row, largest first.
+/// The `k` largest entries of an edited row, largest first, the lower id first among equals.
 fn largest(row: &[f32], edits: &[(u32, f32)], k: usize) -> Vec<Entry> {
     let mut best = vec![Entry::NONE; k];
     if k <= HEAD {
         top_k(&mut best, row, edits);
     } else {
         // Inserting one by one into a long list would take longer than sorting.
-        let mut all: Vec<Entry> = (0..).zip(row).map(|(id, &value)| Entry { id, value }).collect();
-        edits.iter().for_each(|&(id, value)| all[id as usize].value = value);
-        all.sort_by(|a, b| b.value.total_cmp(&a.value));
-        best.copy_from_slice(&all[..k]);
+        best = (0..).zip(row).map(|(id, &value)| Entry { id, value }).collect();
+        edits.iter().for_each(|&(id, value)| best[id as usize].value = value);
     }
     best.retain(|entry| entry.value > f32::NEG_INFINITY);
+    // Stable; +0 and −0 are equal.
+    best.sort_by(|a, b| b.value.partial_cmp(&a.value).unwrap_or(Ordering::Equal));
+    best.truncate(k);
     best
 }
 
@@ -223,6 +225,17 @@ mod tests {
         assert_eq!((drawn(0.0), drawn(0.9999)), (0, n as u32 / 2 - 1));
         let options = Sampling { top_k: Some(2 * HEAD), ..sampling() };
         assert_eq!(options.draw(&vec![0.0; n], &[(0, f32::NEG_INFINITY)], 0.9999), Some(2 * HEAD as u32));
+    }
+
+    #[test]
+    fn the_largest_are_the_same_however_many_are_asked_for() {
+        // Few values, so that most are equal; a zero of either sign is one value.
+        let row: Vec<f32> = (0..300).map(|i| [-0.0, 1.0, 0.0, -1.0, f32::NEG_INFINITY][i * i % 7 % 5]).collect();
+        let ids = |k| largest(&row, &[(8, 1.0)], k).iter().map(|entry| entry.id).collect::<Vec<_>>();
+        for k in [HEAD + 1, 150, 300] {
+            assert!(ids(k).starts_with(&ids(HEAD)), "{k}");
+            assert!(ids(300).starts_with(&ids(k)), "{k}");
+        }
     }
 
     #[test]
