@@ -50,6 +50,8 @@ format: $(STAMPS)/tools ## Format Rust and Python
 
 golden: $(STAMPS)/tools $(STAMPS)/torch ## Write tests/golden anew from PyTorch (see TRANSFORMER_RS_TORCH_WHEEL in CONTRIBUTING.md)
 	$(BIN)/python tests/golden/make_golden.py
+	$(PIP) transformers==5.24.0
+	$(BIN)/python tests/golden/make_decoding.py
 
 bench: $(STAMPS)/package $(STAMPS)/torch ## Measure everything beside PyTorch in ten minutes and rewrite docs/benchmarks.md
 	$(BIN)/python -m benches $(ARGS)

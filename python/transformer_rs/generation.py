@@ -78,8 +78,9 @@ class Generation:
                 what is returned, and counts for the lengths.
             logits_processor: A function ``(ids (t,), logits (V,)) -> logits (V,)``, called for every hypothesis and token, on
                 this thread, with copies: int64 ids so far, without BOS, and the model's own f32 logits. It returns what to
-                go by, minus infinity for what must not follow. It may not change the model. A search then ranks by the
-                changed log-probabilities; scores stay the model's.
+                go by, minus infinity for what must not follow. It may not change the model. A search then ranks by what is
+                left of a logit after all changes, less ``log(sum(exp(x)))`` of the model's own logits x: it is not
+                normalised again. Scores stay the model's.
 
         Returns:
             A list of int64 arrays, without BOS and EOS.
