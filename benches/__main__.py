@@ -21,12 +21,36 @@ from pathlib import Path
 from typing import Any
 
 import transformer_rs._core as core
-from benches import attention, avx2, kernels, overhead, ragged, scaling, steps, vs_ctranslate2, vs_onnxruntime, workers
+from benches import (
+    attention,
+    avx2,
+    kernels,
+    overhead,
+    ragged,
+    roofline,
+    scaling,
+    steps,
+    vs_ctranslate2,
+    vs_onnxruntime,
+    workers,
+)
 from benches.common import Options, Section, machine
 
 ROOT = Path(__file__).parent.parent
 PAGE, DATA, README = ROOT / "docs/benchmarks.md", ROOT / "docs/benchmarks.json", ROOT / "README.md"
-MODULES = (steps, avx2, ragged, scaling, attention, overhead, kernels, workers, vs_ctranslate2, vs_onnxruntime)
+MODULES = (
+    steps,
+    roofline,
+    avx2,
+    ragged,
+    scaling,
+    attention,
+    overhead,
+    kernels,
+    workers,
+    vs_ctranslate2,
+    vs_onnxruntime,
+)
 SECTIONS = [module.SECTION for module in MODULES]
 
 

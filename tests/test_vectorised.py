@@ -2,8 +2,8 @@
 
 Every kernel exists for f32, which runs on the best instructions, and for f64, which runs the same source on plain ones. Both are timed in one run, turn
 by turn, on one thread and with data that fits the caches; the best turns are compared, never seconds. A kernel that lost its vector instructions
-(a helper that is no longer inlined is enough) falls to a ratio of about one or below. The limits are at most 60 % of the lowest ratio seen on a quiet Zen 4
-or Sapphire Rapids, because a machine that others use brings them nearer to each other.
+(a helper that is no longer inlined is enough) falls to a ratio of about one or below: with three of AVX2's operations kept from being inlined, these fell to between 0.1 and 1.2. The limits are some 60 % of the
+lowest ratio seen on a quiet Zen 4 or Sapphire Rapids, because a machine that others use brings the two nearer to each other.
 """
 
 import json
@@ -17,7 +17,7 @@ import transformer_rs as tr
 
 # How many times faster f32 must be at least: forward, backward (with the part of it that is meant).
 LEAST = {
-    "linear": {"forward": 3.0, "dx backward": 3.0, "dW backward": 3.0, "db backward": 1.2},
+    "linear": {"forward": 3.0, "dx backward": 3.0, "dW backward": 3.0, "db backward": 1.3},
     "attention": {"forward": 3.0, "backward": 3.0},
     "attention (causal)": {"forward": 3.0, "backward": 3.0},
     "softmax": {"forward": 6.0, "backward": 1.3},
