@@ -63,10 +63,16 @@ impl<T: Float> DerefMut for Tensor<T> {
 }
 
 /// Buffers that wait to be used again: after the first step of a shape, a step allocates nothing large.
+///
+/// Backward, gradients of weights take the memory of activations, which have other sizes: what is much longer than asked for
+/// is split. Parts are joined when they come back, so that the next step finds what this one found.
 #[derive(Debug)]
 pub struct Pool<T> {
     free: BTreeMap<usize, Vec<Buffer<T>>>,
 }
+
+/// Fewer numbers than this are not worth a buffer of their own.
+const LEAST_PART: usize = 1 << 16;
 
 impl<T> Default for Pool<T> {
     fn default() -> Self {
@@ -80,11 +86,16 @@ impl<T: Float> Pool<T> {
         let n = rows * cols;
         // A little slack lets ragged batches share buffers; a lot of it would waste memory.
         let class = size_class(n);
-        let found = self.free.range_mut(class..=class.saturating_mul(2)).find_map(|(_, buffers)| buffers.pop());
-        let buffer = match found {
+        let longest = class.saturating_mul(if class >= LEAST_PART { 4 } else { 2 });
+        let found = self.free.range_mut(class..=longest).find_map(|(_, buffers)| buffers.pop());
+        let mut buffer = match found {
             Some(buffer) => buffer,
             None => Buffer::zeroed(class)?,
         };
+        if buffer.len() - class >= LEAST_PART {
+            let rest = buffer.split_off(class);
+            self.keep(rest);
+        }
         Ok(Tensor { buffer, rows, cols })
     }
 
@@ -97,7 +108,28 @@ impl<T: Float> Pool<T> {
 
     /// Takes a matrix back.
     pub fn recycle(&mut self, tensor: Tensor<T>) {
-        self.free.entry(tensor.buffer.len()).or_default().push(tensor.buffer);
+        let mut buffer = tensor.buffer;
+        while buffer.is_part()
+            && let Some(mut other) = self.neighbour(&buffer)
+        {
+            if other.touches(&buffer) {
+                std::mem::swap(&mut other, &mut buffer);
+            }
+            buffer.join(other);
+        }
+        self.keep(buffer);
+    }
+
+    fn keep(&mut self, buffer: Buffer<T>) {
+        self.free.entry(buffer.len()).or_default().push(buffer);
+    }
+
+    /// Takes out what lies right before or behind this part.
+    fn neighbour(&mut self, part: &Buffer<T>) -> Option<Buffer<T>> {
+        self.free.values_mut().find_map(|buffers| {
+            let at = buffers.iter().position(|other| other.touches(part) || part.touches(other))?;
+            Some(buffers.swap_remove(at))
+        })
     }
 
     /// Bytes that wait in the pool.
@@ -126,6 +158,26 @@ mod tests {
         assert_eq!(again.as_ptr(), address);
         assert_eq!((again.rows(), again.cols(), again.len()), (29, 40, 29 * 40));
         assert_eq!(pool.bytes(), 0);
+    }
+
+    #[test]
+    fn a_long_buffer_is_split_and_becomes_whole_again() {
+        let (mut pool, n) = (Pool::<f32>::default(), LEAST_PART);
+        let whole = pool.tensor(4, n).unwrap();
+        let address = whole.as_ptr();
+        pool.recycle(whole);
+        let parts: Vec<_> = [n, 2 * n, n].map(|n| pool.tensor(1, n).unwrap()).into();
+        assert_eq!(pool.bytes(), 0, "all parts are of the one buffer");
+        let mut starts: Vec<_> = parts.iter().map(|part| part.as_ptr() as usize).collect();
+        starts.sort_unstable();
+        starts.iter().zip([0, n, 3 * n]).for_each(|(&start, at)| assert_eq!(start, address.wrapping_add(at) as usize));
+        for order in [[0, 1, 2], [1, 0, 2], [2, 0, 1]] {
+            let mut parts: Vec<_> = [n, 2 * n, n].map(|n| Some(pool.tensor(1, n).unwrap())).into();
+            order.iter().for_each(|&i| pool.recycle(parts[i].take().unwrap()));
+            let whole = pool.tensor(4, n).unwrap();
+            assert_eq!((whole.as_ptr(), pool.bytes()), (address, 0), "{order:?}");
+            pool.recycle(whole);
+        }
     }
 
     #[test]

@@ -216,21 +216,19 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
     let out = Output { data: c.data.as_mut_ptr(), row_stride: c.row_stride, borrow: PhantomData };
     stash::with(b_len + a_len, |workspace| {
         let (b_packed, a_packed) = workspace.split_at_mut(b_len);
+        let a_packed = Output { data: a_packed.as_mut_ptr(), row_stride: a_stride, borrow: PhantomData };
         for rows in blocks(m, slab_rows) {
             for ks in blocks(units, slab_depth) {
                 let (mut a_from, mut a_row, mut a_k) =
                     (a.data.as_ptr().wrapping_add(rows.start * a.row_stride + ks.start), a.row_stride, 1);
                 let mut a_panel = tile_rows * a_row;
+                let part = a.rows(rows.clone())?.columns(steps(&ks))?;
                 if pack_a {
-                    let a = a.rows(rows.clone())?.columns(steps(&ks))?;
-                    a_from = a_packed.as_ptr();
-                    if a_panels {
-                        pack_panels::<T, F>(a_packed, a.t(), tile_rows, workers)?;
-                        (a_row, a_k, a_panel) = (1, tile_rows, panel_len(ks.len(), tile_rows));
-                    } else {
-                        pack_rows::<T, F>(a_packed, a_stride, a, workers)?;
-                        (a_row, a_panel) = (a_stride, tile_rows * a_stride);
-                    }
+                    a_from = a_packed.data;
+                    (a_row, a_k, a_panel) = match a_panels {
+                        true => (1, tile_rows, panel_len(ks.len(), tile_rows)),
+                        false => (a_stride, 1, tile_rows * a_stride),
+                    };
                 }
                 for cols in blocks(n, slab_cols) {
                     let (b_from, b_k, b_panel) = match b {
@@ -268,9 +266,31 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
                     let from_memory = !matches!(b, Rhs::Plain(_));
                     let grid =
                         Grid::new(rows.len(), cols.len(), ks.len(), workers, (tile_rows, tile_cols), from_memory);
+                    // Packed for the first columns, A serves all. A task that has all of them packs its own rows, which then are in
+                    // its cache; else they are packed before.
+                    let packs = pack_a && cols.start == 0;
+                    let in_tasks = packs && grid.across() == 1;
+                    if packs && !in_tasks {
+                        // SAFETY: no task is under way.
+                        let to = unsafe { a_packed.part(0, a_len) };
+                        match a_panels {
+                            true => pack_panels::<T, F>(to, part.t(), tile_rows, workers)?,
+                            false => pack_rows::<T, F>(to, a_stride, part, workers)?,
+                        }
+                    }
                     let last = ks.end == units && E::ACTIVE;
                     let task = |index| {
                         let (r, c) = grid.block(index);
+                        if in_tasks {
+                            let part = part.block(r.clone(), 0..part.shape().1);
+                            let (first, tiles) = (r.start / tile_rows, r.len().div_ceil(tile_rows));
+                            // SAFETY: the place of these rows, which this task alone has.
+                            let to = unsafe { a_packed.part(first * a_panel, tiles * a_panel) };
+                            match a_panels {
+                                true => pack::pack_panels::<T, F>(to, part.t(), tile_rows),
+                                false => pack::pack_rows::<T, F>(to, a_stride, part),
+                            }
+                        }
                         multiply::<T, F::Packed>(slab, r.clone(), c.clone());
                         if last {
                             finish(epilogue, out, shift(r, rows.start), shift(c, cols.start));
@@ -398,24 +418,39 @@ impl Grid {
         Grid { rows, cols, row_block, col_block }
     }
 
+    /// Blocks side by side.
+    fn across(&self) -> usize {
+        self.cols.div_ceil(self.col_block)
+    }
+
     fn tasks(&self) -> usize {
-        self.rows.div_ceil(self.row_block) * self.cols.div_ceil(self.col_block)
+        self.rows.div_ceil(self.row_block) * self.across()
     }
 
     /// Neighbouring tasks share their rows, which then are in the L2 cache already.
     fn block(&self, index: usize) -> (Range<usize>, Range<usize>) {
-        let across = self.cols.div_ceil(self.col_block);
+        let across = self.across();
         let (row, col) = (index / across * self.row_block, index % across * self.col_block);
         (row..self.rows.min(row + self.row_block), col..self.cols.min(col + self.col_block))
     }
 }
 
-/// C, shared by tasks that write different elements of it.
+/// C, or A's packed rows, shared by tasks that write different elements of it.
 #[derive(Clone, Copy)]
 struct Output<'a, T> {
     data: *mut T,
     row_stride: usize,
     borrow: PhantomData<&'a mut [T]>,
+}
+
+impl<'a, T> Output<'a, T> {
+    /// Some of the numbers.
+    /// # Safety
+    /// They are inside, and nobody else has them meanwhile.
+    unsafe fn part(self, from: usize, len: usize) -> &'a mut [T] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.data.wrapping_add(from), len) }
+    }
 }
 
 /// The operands of one region.
@@ -501,9 +536,8 @@ kernel! {
     /// The epilogue on one block of C.
     fn finish<'a, T, E: Epilogue<T>>(s: S; epilogue: &'a E, out: Output<'a, T>, rows: Range<usize>, cols: Range<usize>) {
         for row in rows {
-            let c = out.data.wrapping_add(row * out.row_stride + cols.start);
             // SAFETY: a part of a row of C that this task alone has.
-            let c = unsafe { std::slice::from_raw_parts_mut(c, cols.len()) };
+            let c = unsafe { out.part(row * out.row_stride + cols.start, cols.len()) };
             epilogue.finish(s, row, cols.start, c);
         }
     }

@@ -3,7 +3,10 @@
 
 use super::Mat;
 use super::form::Form;
-use crate::simd::{Float, MAX_LANES, Simd};
+use crate::simd::{Float, MAX_LANES, Simd, prefetch};
+
+/// How many numbers ahead rows are asked for: a loop that writes to the caches as well has too few lines under way by itself.
+const AHEAD: usize = 512;
 
 /// From one panel to the next: a row more than the panel has, so that rows of panels side by side do not fall on the
 /// same set of the caches.
@@ -133,17 +136,46 @@ crate::kernel! {
             }
             return;
         }
+        if a.col_stride == 1 {
+            copy_rows::<T, S, F>(s, dst, stride, a);
+            return;
+        }
         for (i, dst) in dst.chunks_mut(stride).take(rows).enumerate() {
-            let row = (a.col_stride == 1).then(|| &a.data[i * a.row_stride..][..depth]);
             for (v, dst) in dst[..units].chunks_mut(S::LANES).enumerate() {
-                let part = |from: usize| match row {
-                    Some(row) => s.load_first(row.get(from..).unwrap_or_default(), T::ZERO),
-                    None => gather(s, |k| (from + k < depth).then(|| a.at(i, from + k))),
-                };
+                let part = |from: usize| gather(s, |k| (from + k < depth).then(|| a.at(i, from + k)));
                 let from = v * S::LANES * F::STEPS;
                 let high = if const { F::STEPS == 2 } { part(from + S::LANES) } else { s.zero() };
                 s.store_first(F::adjacent(s, part(from), high), dst);
             }
+        }
+    }
+}
+
+/// `pack_rows` of contiguous rows.
+#[inline(always)]
+fn copy_rows<T: Float, S: Simd<T>, F: Form>(s: S, dst: &mut [T], stride: usize, a: Mat<T>) {
+    let (rows, depth) = a.shape();
+    let (step, units) = (S::LANES * F::STEPS, F::units(depth));
+    let ahead = AHEAD.div_ceil(depth.max(1)) * a.row_stride; // rows
+    for (i, dst) in dst.chunks_mut(stride).take(rows).enumerate() {
+        let (row, dst) = (&a.data[i * a.row_stride..][..depth], &mut dst[..units]);
+        let whole = depth / step;
+        for v in 0..whole {
+            // SAFETY: `whole` vectors of units, made of whole vectors of numbers, lie inside the slices.
+            unsafe {
+                let from = row.as_ptr().add(v * step);
+                for line in 0..F::STEPS {
+                    prefetch(from.wrapping_add(ahead + line * S::LANES));
+                }
+                let high = if F::STEPS == 2 { s.load_ptr(from.add(S::LANES)) } else { s.zero() };
+                s.store_ptr(F::adjacent(s, s.load_ptr(from), high), dst.as_mut_ptr().add(v * S::LANES));
+            }
+        }
+        for (v, dst) in dst[whole * S::LANES..].chunks_mut(S::LANES).enumerate() {
+            let part = |from: usize| s.load_first(row.get(from..).unwrap_or_default(), T::ZERO);
+            let from = (whole + v) * step;
+            let high = if const { F::STEPS == 2 } { part(from + S::LANES) } else { s.zero() };
+            s.store_first(F::adjacent(s, part(from), high), dst);
         }
     }
 }
