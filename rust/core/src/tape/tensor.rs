@@ -100,6 +100,19 @@ impl<T: Float> Pool<T> {
         self.free.entry(tensor.buffer.len()).or_default().push(tensor.buffer);
     }
 
+    /// Frees buffers, the largest first, until at most so many bytes wait.
+    pub fn shrink(&mut self, most: usize) {
+        let mut bytes = self.bytes();
+        while bytes > most
+            && let Some(mut largest) = self.free.last_entry()
+        {
+            bytes -= largest.get_mut().pop().map_or(0, |buffer| buffer.len() * size_of::<T>());
+            if largest.get().is_empty() {
+                largest.remove();
+            }
+        }
+    }
+
     /// Bytes that wait in the pool.
     pub fn bytes(&self) -> usize {
         self.free.iter().map(|(len, buffers)| len * buffers.len() * size_of::<T>()).sum()
@@ -126,6 +139,17 @@ mod tests {
         assert_eq!(again.as_ptr(), address);
         assert_eq!((again.rows(), again.cols(), again.len()), (29, 40, 29 * 40));
         assert_eq!(pool.bytes(), 0);
+    }
+
+    #[test]
+    fn a_pool_that_holds_too_much_frees_the_largest_first() {
+        let mut pool = Pool::<f32>::default();
+        let tensors = [1024, 4096, 4096].map(|n| pool.tensor(1, n).unwrap());
+        tensors.into_iter().for_each(|tensor| pool.recycle(tensor));
+        for (most, bytes) in [(9 * 4096, 9 * 4096), (9 * 4096 - 1, 5 * 4096), (4 * 4096, 4096), (0, 0)] {
+            pool.shrink(most);
+            assert_eq!(pool.bytes(), bytes, "{most}");
+        }
     }
 
     #[test]
