@@ -9,7 +9,7 @@ use pyo3::types::PyDict;
 use transformer_core::checkpoint::{self, Alias, Numbers};
 use transformer_core::error::Result;
 use transformer_core::kernels::elementwise;
-use transformer_core::simd::{Float, zeros};
+use transformer_core::simd::{Float, room, zeros};
 use transformer_core::tape::{Params, Stored};
 
 /// f32 or f64, on both sides of the border.
@@ -81,8 +81,8 @@ impl Floats<'_> {
     /// A copy as it lies.
     pub fn to_vec<T: Real>(&self) -> PyResult<Vec<T>> {
         self.read(|values: &[T]| {
-            let mut copy = zeros(values.len()).map_err(raise)?;
-            copy.copy_from_slice(values);
+            let mut copy = room(values.len()).map_err(raise)?;
+            copy.extend_from_slice(values);
             Ok(copy)
         })
     }
@@ -90,9 +90,7 @@ impl Floats<'_> {
 
 /// A copy, made by all threads; Ctrl-C ends it.
 pub fn copy<T: Float>(from: &[T]) -> Result<Vec<T>> {
-    let mut values = zeros(from.len())?;
-    elementwise::copy(&mut values, from)?;
-    Ok(values)
+    elementwise::copied(from)
 }
 
 /// Reads the values of an array in C order.

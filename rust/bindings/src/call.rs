@@ -111,8 +111,8 @@ impl<'py, T: Real> Call<'py, T> {
 
     /// The next argument is data; its rows are made by `form`.
     pub fn leaf(&mut self, x: &Floats<'py>, form: Form) -> PyResult<Var> {
-        let pool = &mut self.tape.pool;
-        let tensor = x.read(|values| form.pack(values, pool).map_err(raise))?;
+        let (py, pool) = (self.py, &mut self.tape.pool);
+        let tensor = x.read(|values| door::copying(py, values.len(), || form.pack(values, pool).map_err(raise)))?;
         let wanted = self.inputs.len() < self.mode.gradients;
         let var = if wanted { self.tape.leaf(tensor) } else { self.tape.constant(tensor) };
         self.inputs.push(if wanted { Input::Leaf(var, form) } else { Input::Nothing });
@@ -231,7 +231,9 @@ impl<'py, T: Real> Call<'py, T> {
             let (output, extra) = work(&mut tape, &guard.params)?;
             drop(guard);
             let mut values = form.unpack(tape.value(output)?)?;
-            values.iter_mut().filter(|_| scale != T::ONE).for_each(|y| *y *= scale);
+            if scale != T::ONE {
+                values.iter_mut().for_each(|y| *y *= scale);
+            }
             let recorded = Recorded { tape, weights, version, training, inputs, output, form, scale, home, named };
             Ok((values, recorded, extra))
         })?;
@@ -284,9 +286,12 @@ impl<T: Real> Walk for Recorded<T> {
     }
 
     fn walk<'py>(mut self: Box<Self>, py: Python<'py>, dy: Floats<'py>) -> PyResult<Gradients<'py>> {
-        let mut dy = dy.read(|dy| self.form.pack(dy, &mut self.tape.pool).map_err(raise))?;
+        let (form, pool) = (&self.form, &mut self.tape.pool);
+        let mut dy = dy.read(|dy| door::copying(py, dy.len(), || form.pack(dy, pool).map_err(raise)))?;
         let walked = door::run(py, move || {
-            dy.iter_mut().filter(|_| self.scale != T::ONE).for_each(|dy| *dy *= self.scale);
+            if self.scale != T::ONE {
+                dy.iter_mut().for_each(|y| *y *= self.scale);
+            }
             let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
             if weights.version(self.training) != self.version {
                 return Ok(None);

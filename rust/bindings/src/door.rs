@@ -1,6 +1,7 @@
 //! The one door between Python and the engine.
 
 use crate::errors::raise;
+use crate::form::LARGE;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use std::any::Any;
@@ -50,6 +51,20 @@ pub fn run_until<R: Send>(
     match (result, raised) {
         (Err(Error::Interrupted), Some(raised)) => Err(raised),
         (result, _) => result.map_err(raise),
+    }
+}
+
+/// Runs `work`, which copies so many numbers between arrays and the engine, while the interpreter is held: nobody can write to
+/// the arrays meanwhile. Where there is much to copy, all threads do it, in one section.
+pub fn copying<R>(py: Python<'_>, numbers: usize, work: impl FnOnce() -> PyResult<R>) -> PyResult<R> {
+    if numbers < LARGE {
+        return work();
+    }
+    // Not worth a poll: a second of it is 10 GB.
+    let section = || threads::section(None, || Ok(work())).map_err(raise);
+    match context_limit(py)? {
+        Some(n) => threads::with_local_limit(n, section)?,
+        None => section()?,
     }
 }
 

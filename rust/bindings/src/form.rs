@@ -4,10 +4,14 @@ use crate::arrays::copy;
 use crate::errors::ShapeError;
 use pyo3::PyResult;
 use transformer_core::error::Result;
+use transformer_core::kernels::elementwise;
 use transformer_core::rows::Rows;
 use transformer_core::simd::{Float, zeros};
 use transformer_core::tape::{Pool, Tensor};
 use transformer_core::threads;
+
+/// Numbers that are worth the help of sleeping threads: 1 MiB of f32, some 100 µs of copying.
+pub const LARGE: usize = 256 * 1024;
 
 /// The layout of an argument or a result.
 #[derive(Clone)]
@@ -77,7 +81,8 @@ impl Form {
         let (rows, cols) = self.size();
         let mut packed = pool.tensor(rows, cols)?;
         match self {
-            Form::Plain { .. } | Form::Columns { .. } => packed.copy_from_slice(values),
+            Form::Plain { .. } | Form::Columns { .. } if values.len() < LARGE => packed.copy_from_slice(values),
+            Form::Plain { .. } | Form::Columns { .. } => elementwise::copy(&mut packed, values)?,
             Form::Heads { shape: [_, h, l, k], rows: sequences } => {
                 let (rows, mut rest, mut parts) = (threads::rows_per_task(cols), &mut packed[..], Vec::new());
                 for (b, length) in sequences.lengths().enumerate() {

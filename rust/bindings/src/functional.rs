@@ -4,10 +4,12 @@
 use crate::arrays::{Floats, Real, to_array, with_slice};
 use crate::call::{Answer, Call, Mode};
 use crate::errors::{ConfigError, ShapeError, TokenOutOfRangeError, raise};
+use crate::door;
 use crate::form::Form;
 use numpy::PyArrayDyn;
 use numpy::PyUntypedArrayMethods;
 use pyo3::prelude::*;
+use std::iter::repeat_n;
 use transformer_core::error::{Result, Shape};
 use transformer_core::ops::{
     self, Activation, Bias, Columns, DenseMask, Gate, Heads, IGNORE, KeysValues, Masks, Running,
@@ -307,10 +309,36 @@ fn attend<'py, T: Real>(
     let keep = options.keep.as_ref().map(dense_mask).transpose()?;
 
     let mut call = Call::<T>::new(py, Mode { gradients, seed: options.seed });
-    let form = Form::Heads { shape, rows: rows.clone() };
-    let key_form = Form::Heads { shape: keys, rows: key_rows.clone() };
-    let [q, k, v] = [call.leaf(&q, form.clone())?, call.leaf(&k, key_form.clone())?, call.leaf(&v, key_form)?]
-        .map(|var| Columns { var, start: 0 });
+    // Where nothing says which head or sequence a row belongs to, each head is taken for a sequence of one head: then the
+    // arrays need not be turned.
+    let full = |lengths: &[usize], longest| lengths.iter().all(|&length| length == longest);
+    let alike = n_heads == n_kv_heads
+        && full(&options.query_lengths, l)
+        && full(&options.key_lengths, m)
+        && keep.is_none()
+        && bias.is_none()
+        && options.dropout == 0.0
+        && !options.return_weights;
+    let (heads, rows, key_rows, form, key_form) = if alike {
+        let each = |values: &[usize]| values.iter().flat_map(|&value| repeat_n(value, n_heads)).collect::<Vec<_>>();
+        let starts = each(&options.query_start);
+        (
+            Heads { n_heads: 1, n_kv_heads: 1, ..heads },
+            Rows::from_lengths(&each(&options.query_lengths)).starting_at(&starts).map_err(raise)?,
+            Rows::from_lengths(&each(&options.key_lengths)),
+            Form::rows(&shape)?,
+            Form::rows(&keys)?,
+        )
+    } else {
+        let (form, key_form) = (rows.clone(), key_rows.clone());
+        let (form, key_form) = (Form::Heads { shape, rows: form }, Form::Heads { shape: keys, rows: key_form });
+        (heads, rows, key_rows, form, key_form)
+    };
+    let numbers = [shape, keys, keys].map(|shape| shape.iter().product::<usize>()).iter().sum();
+    let [q, k, v] = door::copying(py, numbers, || {
+        Ok([call.leaf(&q, form.clone())?, call.leaf(&k, key_form.clone())?, call.leaf(&v, key_form)?])
+    })?
+    .map(|var| Columns { var, start: 0 });
     let bias = match bias {
         Some(bias) => Some(Bias { var: call.leaf(&bias, Form::rows(bias.shape())?)?, shape: four(&bias)? }),
         None => None,

@@ -32,11 +32,11 @@ impl<T: Float> Home<T> {
         self.pools.try_lock().ok().and_then(|mut pools| pools.pop()).unwrap_or_default()
     }
 
-    /// Gives a pool back.
-    pub fn give(&self, pool: Pool<T>) {
+    /// Gives a pool back. Of more than may be kept the largest buffers go to the allocator.
+    pub fn give(&self, mut pool: Pool<T>) {
+        pool.shrink(self.most);
         if let Ok(mut pools) = self.pools.try_lock()
             && pools.len() < POOLS
-            && pool.bytes() <= self.most
         {
             pools.push(pool);
         }

@@ -4,13 +4,25 @@ use super::Beta;
 use super::lanes::map;
 use crate::error::Result;
 use crate::kernel;
-use crate::simd::Float;
+use crate::simd::{Float, room};
 use crate::threads::{GRAIN, for_each};
 
 /// y = x
 pub fn copy<T: Float>(y: &mut [T], x: &[T]) -> Result<()> {
     debug_assert_eq!(y.len(), x.len());
     for_each(y.chunks_mut(GRAIN).zip(x.chunks(GRAIN)), |(y, x)| y.copy_from_slice(x))
+}
+
+/// A copy, in memory that nobody zeroes first.
+pub fn copied<T: Float>(x: &[T]) -> Result<Vec<T>> {
+    let mut y = room(x.len())?;
+    let parts = y.spare_capacity_mut()[..x.len()].chunks_mut(GRAIN).zip(x.chunks(GRAIN));
+    for_each(parts, |(y, x)| {
+        y.write_copy_of_slice(x);
+    })?;
+    // SAFETY: no task was left out, so all of them are written.
+    unsafe { y.set_len(x.len()) };
+    Ok(y)
 }
 
 /// y += x

@@ -102,8 +102,19 @@ pub fn zeros<T: Float>(len: usize) -> Result<Vec<T>> {
             }
         }
     }
+    Err(refused::<T>(len))
+}
+
+/// No numbers, and room for `len`: for what is written wholly before it is read.
+pub fn room<T: Float>(len: usize) -> Result<Vec<T>> {
+    let mut values = Vec::new();
+    values.try_reserve_exact(len).map_err(|_| refused::<T>(len))?;
+    Ok(values)
+}
+
+fn refused<T>(len: usize) -> Error {
     let bytes = len as u128 * size_of::<T>() as u128;
-    Err(Error::OutOfMemory(format!("cannot allocate {bytes} bytes; use a smaller batch or model")))
+    Error::OutOfMemory(format!("cannot allocate {bytes} bytes; use a smaller batch or model"))
 }
 
 impl<T> Default for Buffer<T> {

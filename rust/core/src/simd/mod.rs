@@ -46,7 +46,7 @@ mod avx512;
 #[cfg(test)]
 mod tests;
 
-pub use buffer::{Buffer, zeros};
+pub use buffer::{Buffer, room, zeros};
 pub use dispatch::{Features, Isa, features, isa, l1_ways};
 pub use float::Float;
 pub use keeping::Keeping;

@@ -132,6 +132,19 @@ impl<T: Float> Pool<T> {
         })
     }
 
+    /// Frees buffers, the largest first, until at most so many bytes wait.
+    pub fn shrink(&mut self, most: usize) {
+        let mut bytes = self.bytes();
+        while bytes > most
+            && let Some(mut largest) = self.free.last_entry()
+        {
+            bytes -= largest.get_mut().pop().map_or(0, |buffer| buffer.len() * size_of::<T>());
+            if largest.get().is_empty() {
+                largest.remove();
+            }
+        }
+    }
+
     /// Bytes that wait in the pool.
     pub fn bytes(&self) -> usize {
         self.free.iter().map(|(len, buffers)| len * buffers.len() * size_of::<T>()).sum()
@@ -171,12 +184,24 @@ mod tests {
         let mut starts: Vec<_> = parts.iter().map(|part| part.as_ptr() as usize).collect();
         starts.sort_unstable();
         starts.iter().zip([0, n, 3 * n]).for_each(|(&start, at)| assert_eq!(start, address.wrapping_add(at) as usize));
+        parts.into_iter().for_each(|part| pool.recycle(part));
         for order in [[0, 1, 2], [1, 0, 2], [2, 0, 1]] {
             let mut parts: Vec<_> = [n, 2 * n, n].map(|n| Some(pool.tensor(1, n).unwrap())).into();
             order.iter().for_each(|&i| pool.recycle(parts[i].take().unwrap()));
             let whole = pool.tensor(4, n).unwrap();
             assert_eq!((whole.as_ptr(), pool.bytes()), (address, 0), "{order:?}");
             pool.recycle(whole);
+        }
+    }
+
+    #[test]
+    fn a_pool_that_holds_too_much_frees_the_largest_first() {
+        let mut pool = Pool::<f32>::default();
+        let tensors = [1024, 4096, 4096].map(|n| pool.tensor(1, n).unwrap());
+        tensors.into_iter().for_each(|tensor| pool.recycle(tensor));
+        for (most, bytes) in [(9 * 4096, 9 * 4096), (9 * 4096 - 1, 5 * 4096), (4 * 4096, 4096), (0, 0)] {
+            pool.shrink(most);
+            assert_eq!(pool.bytes(), bytes, "{most}");
         }
     }
 
