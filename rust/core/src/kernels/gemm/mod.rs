@@ -291,7 +291,10 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
                                 false => pack::pack_rows::<T, F>(to, a_stride, part),
                             }
                         }
-                        multiply::<T, F::Packed>(slab, r.clone(), c.clone());
+                        // Tasks are taken in turn: the thread that has this one will likely have the one `workers` further on.
+                        let then = (index + workers < grid.tasks()).then(|| grid.block(index + workers).1.start);
+                        let neighbours = Neighbours { first: index < workers, then };
+                        multiply::<T, F::Packed>(slab, r.clone(), c.clone(), neighbours);
                         if last {
                             finish(epilogue, out, shift(r, rows.start), shift(c, cols.start));
                         }
@@ -462,9 +465,18 @@ unsafe impl<T: Send + Sync> Sync for Output<'_, T> {}
 // SAFETY: as above.
 unsafe impl<T: Send + Sync> Sync for Slab<T> {}
 
+/// What a task knows of those that its thread has before and after it.
+#[derive(Clone, Copy)]
+struct Neighbours {
+    /// There was none before it: nobody asked for its first panels.
+    first: bool,
+    /// The first column of the one after it, if there is one.
+    then: Option<usize>,
+}
+
 kernel! {
     /// One block of C: panel by panel of B, and for each the rows of A.
-    fn multiply<T, F: Form>(s: S; slab: Slab<T>, rows: Range<usize>, cols: Range<usize>) {
+    fn multiply<T, F: Form>(s: S; slab: Slab<T>, rows: Range<usize>, cols: Range<usize>, neighbours: Neighbours) {
         if const { F::STEPS > 1 && !S::PAIRS } {
             unreachable!("`product` chose a form that this path lacks");
         }
@@ -473,18 +485,28 @@ kernel! {
         let (height, at_once) = tile::shape(rows.len(), tile_rows);
         // With one tile of rows a panel is read once only: no need to keep it in the L1 cache.
         let step = if rows.len() <= height { slab.k } else { KC };
-        // A panel comes from memory while the one before it is multiplied, each tile of rows asking for its share; the first one,
-        // and every one that is read once only, just ahead of its use.
+        // A panel comes from memory while the one before it is multiplied, each tile of rows asking for its share: also that of
+        // the next block along K, and of the next task. The very first one, and every one that is read once only, just ahead of its use.
         let tiles = rows.len().div_ceil(height);
         let share = (at_once * slab.b_k).div_ceil(tiles.max(1));
         let packed = slab.b_panel > slab.k * slab.b_k; // else the next panel lies beside, not behind this one
+        let panel = |col: usize, k: usize| slab.b.wrapping_add(col / tile_cols * slab.b_panel + k * slab.b_k);
         for ks in blocks(slab.k, step) {
             let mut col = cols.start;
             while col < cols.end {
                 let left = cols.end - col;
                 let panels = if left >= at_once * tile_cols { at_once } else { 1 };
-                let b = slab.b.wrapping_add(col / tile_cols * slab.b_panel + ks.start * slab.b_k);
-                let mut next = b.wrapping_add(panels * slab.b_panel);
+                let b = panel(col, ks.start);
+                let next = if left > panels * tile_cols {
+                    Some(panel(col + panels * tile_cols, ks.start))
+                } else if ks.end < slab.k {
+                    Some(panel(cols.start, ks.end))
+                } else {
+                    neighbours.then.map(|col| panel(col, 0))
+                };
+                let cold = tiles == 1 || (neighbours.first && col == cols.start && ks.start == 0);
+                // Numbers asked for by the tiles before this one; each of the panels has so many in this block along K.
+                let (mut asked, each) = (0, (ks.len() * slab.b_k).max(1));
                 let mut row = rows.start;
                 while row < rows.end {
                     let left_rows = rows.end - row;
@@ -493,14 +515,12 @@ kernel! {
                     } else {
                         left_rows.min(height)
                     };
-                    let (ahead, ahead_k) = if row == rows.start && (col == cols.start || tiles == 1) {
-                        (b.wrapping_add(tile::AHEAD * slab.b_k), slab.b_k)
-                    } else if packed && left > panels * tile_cols {
-                        (next, share)
-                    } else {
-                        (b, 0)
+                    let (ahead, ahead_k) = match next {
+                        _ if cold && row == rows.start => (b.wrapping_add(tile::AHEAD * slab.b_k), slab.b_k),
+                        Some(next) if packed => (next.wrapping_add(asked / each * slab.b_panel + asked % each), share),
+                        _ => (b, 0),
                     };
-                    next = next.wrapping_add(share * ks.len());
+                    asked += share * ks.len();
                     let o = Operands {
                         k: ks.len(),
                         a: slab.a.wrapping_add(
