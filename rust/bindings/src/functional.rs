@@ -3,8 +3,8 @@
 
 use crate::arrays::{Floats, Real, to_array, with_slice};
 use crate::call::{Answer, Call, Mode};
-use crate::errors::{ConfigError, ShapeError, TokenOutOfRangeError, raise};
 use crate::door;
+use crate::errors::{ConfigError, ShapeError, TokenOutOfRangeError, raise};
 use crate::form::Form;
 use numpy::PyArrayDyn;
 use numpy::PyUntypedArrayMethods;
