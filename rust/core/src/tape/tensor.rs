@@ -171,6 +171,7 @@ mod tests {
         let mut starts: Vec<_> = parts.iter().map(|part| part.as_ptr() as usize).collect();
         starts.sort_unstable();
         starts.iter().zip([0, n, 3 * n]).for_each(|(&start, at)| assert_eq!(start, address.wrapping_add(at) as usize));
+        parts.into_iter().for_each(|part| pool.recycle(part));
         for order in [[0, 1, 2], [1, 0, 2], [2, 0, 1]] {
             let mut parts: Vec<_> = [n, 2 * n, n].map(|n| Some(pool.tensor(1, n).unwrap())).into();
             order.iter().for_each(|&i| pool.recycle(parts[i].take().unwrap()));
