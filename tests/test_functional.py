@@ -208,6 +208,20 @@ Q = np.ones((2, 2, 3, 4), np.float32)
 K = np.ones((2, 2, 5, 4), np.float32)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_without_masks_has_the_bits_of_masks_that_hide_nothing(dtype, causal):
+    """The one takes heads as they lie, the other turns them."""
+    rng = np.random.default_rng(3)
+    q, k, v, dy = (rng.standard_normal((3, 4, 37, 16)).astype(dtype) for _ in range(4))
+    plain, back = tr.vjp(tr.functional.attention, q, k, v, causal=causal)
+    for options in ({"keep": np.ones((3, 4, 37, 37), bool)}, {"return_weights": True}):
+        masked = tr.functional.attention(q, k, v, causal=causal, **options)
+        assert np.array_equal(plain, masked[0] if isinstance(masked, tuple) else masked)
+    _, other = tr.vjp(tr.functional.attention, q, k, v, causal=causal, keep=np.ones((37, 37), bool))
+    assert all(np.array_equal(a, b) for a, b in zip(back(dy), other(dy), strict=True))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
