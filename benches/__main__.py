@@ -101,6 +101,17 @@ def measure(section: Section, options: Options, command: str) -> dict[str, Any]:
     return record
 
 
+def write(section: Section, record: dict[str, Any]) -> None:
+    """Everything is read again: what another run wrote meanwhile stays."""
+    data = json.loads(DATA.read_text()) if DATA.exists() else {}
+    DATA.write_text(json.dumps(data | {section.name: record}, indent=1, ensure_ascii=False) + "\n")
+    lines = [origin(record), "", *section.markdown(record["rows"], record)]
+    PAGE.write_text(replace_block(PAGE.read_text(), section.name, lines, section.title))
+    if section.name == "steps":
+        summary = steps.summary(record["rows"], origin(record))
+        README.write_text(replace_block(README.read_text(), "benchmarks", summary))
+
+
 def main() -> None:
     known = [section.name for section in SECTIONS]
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -130,23 +141,10 @@ def main() -> None:
     for section in (section for section in chosen if section.missing()):
         print(f"\n{section.title}: skipped, as it needs: pip install {' '.join(section.missing())}", flush=True)
     chosen = [section for section in chosen if not section.missing()]
-    new = {section.name: measure(section, told, command) for section in chosen}
-    if options.dry or options.only:
-        return
-    # Re-read: what another run wrote meanwhile stays.
-    data = json.loads(DATA.read_text()) if DATA.exists() else {}
-    data |= new
-    page, readme = PAGE.read_text(), README.read_text()
     for section in chosen:
-        record = data[section.name]
-        page = replace_block(
-            page, section.name, [origin(record), "", *section.markdown(record["rows"], record)], section.title
-        )
-    if "steps" in new:
-        readme = replace_block(readme, "benchmarks", steps.summary(new["steps"]["rows"], origin(new["steps"])))
-    DATA.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-    PAGE.write_text(page)
-    README.write_text(readme)
+        record = measure(section, told, command)
+        if not (options.dry or options.only):
+            write(section, record)
 
 
 if __name__ == "__main__":
