@@ -132,7 +132,8 @@ def attention(
     (q, k, v), (bias,) = as_floats(op, {"q": q, "k": k, "v": v}, bias=bias)
     for name, array in (("q", q), ("k", k), ("v", v)):
         if array.ndim != 4 or 0 in array.shape[:2] or array.shape[3] == 0:
-            message = f"expected four axes (B, H, {'L' if name == 'q' else 'M'}, K), got shape {array.shape}"
+            axes = f"(B, H, {'L' if name == 'q' else 'M'}, K)"
+            message = f"expected four axes {axes}, B, H and K at least 1, got shape {array.shape}"
             raise ShapeError(f"{op}: argument `{name}`: {message}")
     (b, h, l, size), m = q.shape, k.shape[2]
     if (k.shape[0], k.shape[3]) != (b, size) or h % k.shape[1] or v.shape != k.shape:
