@@ -7,12 +7,13 @@
 //!
 //! **Speed.** One micro-kernel (`tile`) holds a tile of C in registers and reads B from panels in the order of use: packed
 //! once for inference ([`PackedRhs`]), per call otherwise, or not at all where there are too few rows to make up for it.
-//! A is read where it lies, unless its rows fall on one set of the L1 cache; transposed, it is packed into panels as high
-//! as the tallest tile. Tasks are blocks of C that fit the L2 cache; skinny products are cut by columns alone.
+//! A is read where it lies, or packed where that is faster (`left`). Tasks are blocks of C that fit the L2 cache; skinny
+//! products are cut by columns alone.
 
 mod bf16;
 mod epilogue;
 mod form;
+mod left;
 mod mat;
 mod pack;
 pub(super) mod stash;
@@ -33,9 +34,10 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 use crate::error::Result;
-use crate::simd::{Buffer, Float, l1_ways};
+use crate::simd::{Buffer, Float};
 use crate::{ensure, kernel, threads};
 use form::{Exact, Form, Pairs, Rounded};
+use left::Left;
 use pack::panel_len;
 use tile::{KC, Operands};
 
@@ -110,15 +112,15 @@ const SLAB_B: usize = 1 << 18;
 const SLAB_COLS: usize = 512;
 const SLAB_A: usize = 1 << 19;
 const SLAB_ROWS: usize = 2048;
-/// Rows of A further apart than this (half a page of f32) fall on few sets of the caches: many of them are packed, unless
-/// a set of the L1 cache holds a tile's.
-const FAR_APART: usize = 512;
-const MANY_ROWS: usize = 64;
 const GAP: usize = 16;
 /// With fewer rows than this, or so few numbers that they fit the L1 cache, B is read where it lies, if its rows are
 /// contiguous: packing costs as much as a few rows.
 const PACK_FROM_ROWS: usize = 24;
 const PACK_FROM: usize = 4096;
+/// The same goes for a factor of which every number is used so few times, if its steps along K are so near each other that a
+/// block of them does not fall on few sets of the caches.
+const FEW: usize = 512;
+const NEAR: usize = 512;
 
 /// C = [C +] A · B, then the epilogue; on all threads where it pays.
 pub fn gemm<'a, T: Float, E: Epilogue<T>>(
@@ -189,14 +191,11 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
     }
 
     let (tile_rows, tile_cols) = tile_shape::<T>();
-    let a_in_place = F::IN_PLACE
-        && (a.col_stride == 1 || depth <= 1)
-        && (a.row_stride <= FAR_APART || m < MANY_ROWS || tile_rows <= l1_ways());
-    let pack_a = !a_in_place;
-    // Of a transposed A the rows lie side by side: panels along K are copied as they are, rows would have to be turned.
-    let a_panels = pack_a && a.row_stride == 1 && a.col_stride != 1;
-    let worth = m >= PACK_FROM_ROWS && depth * n > PACK_FROM;
-    let pack_b = matches!(b, Rhs::Plain(b) if b.col_stride != 1 || worth || !F::IN_PLACE);
+    let left = Left::of::<T, F>(&a, n, tile_rows);
+    let pack_a = left != Left::InPlace;
+    let few = m < PACK_FROM_ROWS || depth * n <= PACK_FROM;
+    let in_place = |b: &Mat<T>| b.col_stride == 1 && (few || (m <= FEW && b.row_stride <= NEAR));
+    let pack_b = matches!(b, Rhs::Plain(b) if !F::IN_PLACE || !in_place(&b));
 
     // From here on, steps along K are counted in units of the form.
     let units = F::units(depth);
@@ -207,29 +206,24 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
     let deepest =
         |pack: bool, numbers: usize, width: usize| if pack { (numbers / width / KC * KC).max(KC) } else { units };
     let slab_depth = units.min(deepest(pack_a, SLAB_A, slab_rows)).min(deepest(pack_b, SLAB_B, slab_cols));
-    // The gap keeps packed rows apart in the sets of the caches.
-    let a_stride = slab_depth + GAP;
-    let a_panel = if a_panels { panel_len(slab_depth, tile_rows) } else { tile_rows * a_stride };
-    let a_len = if pack_a { slab_rows.div_ceil(tile_rows) * a_panel } else { 0 };
+    let a_len = if pack_a { slab_rows.div_ceil(tile_rows) * left.strides(&a, slab_depth, tile_rows).tile } else { 0 };
     let b_len = if pack_b { slab_cols.div_ceil(tile_cols) * panel_len(slab_depth, tile_cols) } else { 0 };
 
     let out = Output { data: c.data.as_mut_ptr(), row_stride: c.row_stride, borrow: PhantomData };
     stash::with(b_len + a_len, |workspace| {
         let (b_packed, a_packed) = workspace.split_at_mut(b_len);
-        let a_packed = Output { data: a_packed.as_mut_ptr(), row_stride: a_stride, borrow: PhantomData };
+        let a_packed = Output { data: a_packed.as_mut_ptr(), row_stride: 0, borrow: PhantomData };
         for rows in blocks(m, slab_rows) {
             for ks in blocks(units, slab_depth) {
-                let (mut a_from, mut a_row, mut a_k) =
-                    (a.data.as_ptr().wrapping_add(rows.start * a.row_stride + ks.start), a.row_stride, 1);
-                let mut a_panel = tile_rows * a_row;
-                let part = a.rows(rows.clone())?.columns(steps(&ks))?;
-                if pack_a {
-                    a_from = a_packed.data;
-                    (a_row, a_k, a_panel) = match a_panels {
-                        true => (1, tile_rows, panel_len(ks.len(), tile_rows)),
-                        false => (a_stride, 1, tile_rows * a_stride),
-                    };
-                }
+                let part = a.block(rows.clone(), steps(&ks));
+                let strides = left.strides(&a, ks.len(), tile_rows);
+                // Some of its rows, whole tiles of them.
+                let pack_part = |rows: Range<usize>| {
+                    let (first, tiles) = (rows.start / tile_rows, rows.len().div_ceil(tile_rows));
+                    // SAFETY: the place of these rows, which nobody else packs.
+                    let to = unsafe { a_packed.part(first * strides.tile, tiles * strides.tile) };
+                    left.pack::<T, F>(to, part.block(rows, 0..part.shape().1), strides);
+                };
                 for cols in blocks(n, slab_cols) {
                     let (b_from, b_k, b_panel) = match b {
                         Rhs::Packed(b) => {
@@ -250,10 +244,10 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
                     };
                     let slab = Slab(Operands {
                         k: ks.len(),
-                        a: a_from,
-                        a_row,
-                        a_k,
-                        a_panel,
+                        a: if pack_a { a_packed.data } else { part.data.as_ptr() },
+                        a_row: strides.row,
+                        a_k: strides.k,
+                        a_tile: strides.tile,
                         b: b_from,
                         b_k,
                         b_panel,
@@ -271,25 +265,15 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
                     let packs = pack_a && cols.start == 0;
                     let in_tasks = packs && grid.across() == 1;
                     if packs && !in_tasks {
-                        // SAFETY: no task is under way.
-                        let to = unsafe { a_packed.part(0, a_len) };
-                        match a_panels {
-                            true => pack_panels::<T, F>(to, part.t(), tile_rows, workers)?,
-                            false => pack_rows::<T, F>(to, a_stride, part, workers)?,
-                        }
+                        let some = (threads::GRAIN / (ks.len() * tile_rows).max(1)).clamp(1, 16) * tile_rows;
+                        let pack = |i: usize| pack_part(i * some..rows.len().min((i + 1) * some));
+                        run(rows.len().div_ceil(some), workers, pack)?;
                     }
                     let last = ks.end == units && E::ACTIVE;
                     let task = |index| {
                         let (r, c) = grid.block(index);
                         if in_tasks {
-                            let part = part.block(r.clone(), 0..part.shape().1);
-                            let (first, tiles) = (r.start / tile_rows, r.len().div_ceil(tile_rows));
-                            // SAFETY: the place of these rows, which this task alone has.
-                            let to = unsafe { a_packed.part(first * a_panel, tiles * a_panel) };
-                            match a_panels {
-                                true => pack::pack_panels::<T, F>(to, part.t(), tile_rows),
-                                false => pack::pack_rows::<T, F>(to, a_stride, part),
-                            }
+                            pack_part(r.clone());
                         }
                         // Tasks are taken in turn: the thread that has this one will likely have the one `workers` further on.
                         let then = (index + workers < grid.tasks()).then(|| grid.block(index + workers).1.start);
@@ -360,19 +344,6 @@ fn pack_panels<T: Float, F: Form>(dst: &mut [T], b: Mat<T>, width: usize, worker
     each(parts, workers, |(part, range)| {
         if let Ok(b) = b.columns(range) {
             pack::pack_panels::<T, F>(part, b, width);
-        }
-    })
-}
-
-/// Packs the rows of `a`, `stride` apart.
-fn pack_rows<T: Float, F: Form>(dst: &mut [T], stride: usize, a: Mat<T>, workers: usize) -> Result<()> {
-    let (rows, depth) = a.shape();
-    let group = (threads::GRAIN / depth.max(1)).clamp(16, 64);
-    let parts = dst.chunks_mut(group * stride);
-    let parts = parts.zip((0..rows).step_by(group)).map(|(part, from)| (part, from..rows.min(from + group)));
-    each(parts, workers, |(part, range)| {
-        if let Ok(a) = a.rows(range) {
-            pack::pack_rows::<T, F>(part, stride, a);
         }
     })
 }
@@ -486,9 +457,11 @@ kernel! {
         // With one tile of rows a panel is read once only: no need to keep it in the L1 cache.
         let step = if rows.len() <= height { slab.k } else { KC };
         // A panel comes from memory while the one before it is multiplied, each tile of rows asking for its share: also that of
-        // the next block along K, and of the next task. The very first one, and every one that is read once only, just ahead of its use.
+        // the next block along K, and of the next task. The very first one, and every one that is read once only or where it lies,
+        // just ahead of its use.
         let tiles = rows.len().div_ceil(height);
         let share = (at_once * slab.b_k).div_ceil(tiles.max(1));
+        let even = slab.a_tile == tile_rows * slab.a_row; // a tile may begin with any row
         let packed = slab.b_panel > slab.k * slab.b_k; // else the next panel lies beside, not behind this one
         let panel = |col: usize, k: usize| slab.b.wrapping_add(col / tile_cols * slab.b_panel + k * slab.b_k);
         for ks in blocks(slab.k, step) {
@@ -504,13 +477,13 @@ kernel! {
                 } else {
                     neighbours.then.map(|col| panel(col, 0))
                 };
-                let cold = tiles == 1 || (neighbours.first && col == cols.start && ks.start == 0);
+                let cold = tiles == 1 || !packed || (neighbours.first && col == cols.start && ks.start == 0);
                 // Numbers asked for by the tiles before this one; each of the panels has so many in this block along K.
                 let (mut asked, each) = (0, (ks.len() * slab.b_k).max(1));
                 let mut row = rows.start;
                 while row < rows.end {
                     let left_rows = rows.end - row;
-                    let count = if slab.a_k == 1 && left_rows > height && left_rows < 2 * height {
+                    let count = if even && left_rows > height && left_rows < 2 * height {
                         left_rows.div_ceil(2) // two tiles of equal height, no thin one
                     } else {
                         left_rows.min(height)
@@ -524,7 +497,7 @@ kernel! {
                     let o = Operands {
                         k: ks.len(),
                         a: slab.a.wrapping_add(
-                            row / tile_rows * slab.a_panel + row % tile_rows * slab.a_row + ks.start * slab.a_k,
+                            row / tile_rows * slab.a_tile + row % tile_rows * slab.a_row + ks.start * slab.a_k,
                         ),
                         b,
                         c: slab.c.wrapping_add(row * slab.c_row + col),

@@ -29,7 +29,7 @@ pub(super) struct Operands<T> {
     pub a_row: usize,
     pub a_k: usize,
     /// From the first of TILE_ROWS rows of A to the first of the next.
-    pub a_panel: usize,
+    pub a_tile: usize,
     pub b: *const T,
     pub b_k: usize,
     /// From the first column of one panel of B to the first of the next.
