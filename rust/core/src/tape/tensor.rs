@@ -69,14 +69,22 @@ impl<T: Float> DerefMut for Tensor<T> {
 #[derive(Debug)]
 pub struct Pool<T> {
     free: BTreeMap<usize, Vec<Buffer<T>>>,
+    /// What is left of the last block that small buffers were cut from.
+    block: Buffer<T>,
+    /// Numbers of all buffers that were made.
+    made: usize,
 }
 
 /// Fewer numbers than this are not worth a buffer of their own.
 const LEAST_PART: usize = 1 << 16;
+/// Numbers of a block: where there are as many in small buffers, these lie side by side on huge pages.
+const BLOCK: usize = 1 << 21;
+/// What lies between them, a cache line of f32, so that they are not joined.
+const GAP: usize = 16;
 
 impl<T> Default for Pool<T> {
     fn default() -> Self {
-        Pool { free: BTreeMap::new() }
+        Pool { free: BTreeMap::new(), block: Buffer::default(), made: 0 }
     }
 }
 
@@ -90,13 +98,28 @@ impl<T: Float> Pool<T> {
         let found = self.free.range_mut(class..=longest).find_map(|(_, buffers)| buffers.pop());
         let mut buffer = match found {
             Some(buffer) => buffer,
-            None => Buffer::zeroed(class)?,
+            None => self.make(class)?,
         };
         if buffer.len() - class >= LEAST_PART {
             let rest = buffer.split_off(class);
             self.keep(rest);
         }
         Ok(Tensor { buffer, rows, cols })
+    }
+
+    fn make(&mut self, len: usize) -> Result<Buffer<T>> {
+        self.made += len;
+        if len > BLOCK / 4 || self.made < BLOCK {
+            return Buffer::zeroed(len);
+        }
+        if self.block.len() < len + GAP {
+            let rest = std::mem::replace(&mut self.block, Buffer::zeroed(BLOCK)?);
+            self.keep(rest);
+        }
+        let rest = self.block.split_off(len + GAP);
+        let mut buffer = std::mem::replace(&mut self.block, rest);
+        buffer.split_off(len);
+        Ok(buffer)
     }
 
     /// A matrix of zeros.
@@ -121,6 +144,9 @@ impl<T: Float> Pool<T> {
     }
 
     fn keep(&mut self, buffer: Buffer<T>) {
+        if buffer.is_empty() {
+            return;
+        }
         self.free.entry(buffer.len()).or_default().push(buffer);
     }
 
@@ -192,6 +218,23 @@ mod tests {
             assert_eq!((whole.as_ptr(), pool.bytes()), (address, 0), "{order:?}");
             pool.recycle(whole);
         }
+    }
+
+    #[test]
+    fn many_small_buffers_lie_in_blocks_and_stay_apart() {
+        let (mut pool, n) = (Pool::<f32>::default(), LEAST_PART);
+        let many = |pool: &mut Pool<f32>| (0..4 * BLOCK / n).map(|_| pool.tensor(1, n).unwrap()).collect::<Vec<_>>();
+        let first = many(&mut pool);
+        let addresses = |tensors: &[Tensor<f32>]| {
+            let mut starts: Vec<_> = tensors.iter().map(|tensor| tensor.as_ptr() as usize).collect();
+            starts.sort_unstable();
+            starts
+        };
+        let starts = addresses(&first);
+        let side_by_side = starts.windows(2).filter(|pair| pair[1] - pair[0] == (n + GAP) * size_of::<f32>()).count();
+        assert!(side_by_side >= 2 * BLOCK / n, "only {side_by_side} are neighbours");
+        first.into_iter().for_each(|tensor| pool.recycle(tensor));
+        assert_eq!(addresses(&many(&mut pool)), starts, "the second round finds what the first one left");
     }
 
     #[test]
