@@ -32,7 +32,7 @@ impl<T: Float> KeyValueCache<T> {
     /// Empty caches for `sequences` sequences with this many heads of this width. Nothing is allocated before they grow.
     pub fn new(sequences: usize, n_kv_heads: usize, head_dim: usize) -> Self {
         KeyValueCache {
-            page: Page::new::<T>(n_kv_heads, head_dim),
+            page: Page::new(n_kv_heads, head_dim),
             pages: Vec::new(),
             readers: Vec::new(),
             free: Vec::new(),
@@ -219,9 +219,12 @@ mod tests {
 
     /// The keys of each sequence, one head of width 1.
     fn keys(cache: &KeyValueCache<f32>) -> Vec<Vec<f32>> {
-        let width = cache.page.size() / (2 * Page::KEYS); // keys come first
-        let key =
-            |i: usize, at: usize| cache.pages[cache.tables[cache.slots[i]][at / Page::KEYS]][at % Page::KEYS * width];
+        // Keys come first, and those of a full page are transposed.
+        let key = |i: usize, at: usize| {
+            let full = at / Page::KEYS < cache.lengths[i] / Page::KEYS;
+            let page = &cache.pages[cache.tables[cache.slots[i]][at / Page::KEYS]];
+            page[at % Page::KEYS * if full { 1 } else { Page::KEYS }]
+        };
         (0..cache.sequences()).map(|i| (0..cache.lengths[i]).map(|at| key(i, at)).collect()).collect()
     }
 

@@ -187,7 +187,7 @@ impl<T: Float> Walk<'_, T> {
                         let block = Block { sequence, index, head, l, rows, m, cols };
 
                         // P = 2^(x − lse), dP = dy Vᵀ, dx = P ∘ (dP − D)
-                        block.scores(x, q.left(), kt.columns_from(at), self.inputs);
+                        block.scores(x, q.left(), [(0, cols, kt.columns_from(at))], self.inputs);
                         product(dx, ROW, dy.left(), vt.columns_from(at), rows, cols, head_dim, Start::Zero);
                         score_gradients(x, dx, block, self.saved.lse, self.d, masks.dropout, unit, n_heads);
                         match &mut sink {

@@ -1,13 +1,19 @@
 //! Keys and values as a cache keeps them: in pages of a few keys, which sequences with the same beginning share.
 
-use super::product::{Packed, pack_transposed_pieces};
+use super::product::Packed;
+use super::scores::Piece;
 use crate::kernel;
 use crate::simd::{Buffer, Float, MAX_LANES, prefetch};
 
-/// Pages that are asked for before they are needed; of more the CPU sees the pattern.
+/// Pages that are asked for before they are needed, and cache lines of a head's keys and values in each.
 const PAGES_AHEAD: usize = 4;
+const LINES_AHEAD: usize = 8;
 
-/// How a page lies in memory: head by head, its keys, then its values, each in whole vectors.
+/// Numbers of a square.
+const SQUARE: usize = Page::KEYS * Page::KEYS;
+
+/// How a page lies in memory: head by head, its keys, then its values. Values lie row by row; keys in squares of as many
+/// numbers of each, row by row while the page grows, and transposed, as scores are made of them, once it is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Page {
     n_kv_heads: usize,
@@ -21,14 +27,8 @@ impl Page {
     pub const KEYS: usize = MAX_LANES;
 
     /// Pages for heads of these sizes.
-    pub fn new<T: Float>(n_kv_heads: usize, head_dim: usize) -> Self {
-        kernel! {
-            fn lanes<T>(s: S;) -> usize {
-                let _ = s;
-                S::LANES
-            }
-        }
-        Page { n_kv_heads, head_dim, width: head_dim.next_multiple_of(lanes::<T>()) }
+    pub fn new(n_kv_heads: usize, head_dim: usize) -> Self {
+        Page { n_kv_heads, head_dim, width: head_dim.next_multiple_of(Self::KEYS) }
     }
 
     /// Numbers of a key, all heads together.
@@ -46,22 +46,64 @@ impl Page {
         2 * self.n_kv_heads * self.half()
     }
 
-    /// Writes key and value number `at` of a page, heads side by side; whether the value is finite.
+    /// Writes key and value number `at` of a page, heads side by side, after those before it; whether the value is finite.
     pub fn put<T: Float>(&self, page: &mut [T], at: usize, key: &[T], value: &[T]) -> bool {
         let d = self.head_dim;
         let places = page.chunks_mut(2 * self.half());
         for (to, (key, value)) in places.zip(key.chunks(d).zip(value.chunks(d))) {
             let (keys, values) = to.split_at_mut(self.half());
-            keys[at * self.width..][..d].copy_from_slice(key);
+            for (square, key) in keys.chunks_mut(SQUARE).zip(key.chunks(Self::KEYS)) {
+                square[at * Self::KEYS..][..key.len()].copy_from_slice(key);
+            }
             values[at * self.width..][..d].copy_from_slice(value);
+            if at + 1 == Self::KEYS {
+                for square in keys.chunks_mut(SQUARE) {
+                    let mut rows = [T::ZERO; SQUARE];
+                    rows.copy_from_slice(square);
+                    transposed(square, Self::KEYS, &rows, Self::KEYS);
+                }
+            }
         }
         value.iter().all(|x| x.is_finite())
     }
 
-    /// Copies the first `n` keys and values of another page.
+    /// Copies the first `n` keys and values of another page; all of them, or of one that is not full.
     pub fn copy<T: Float>(&self, to: &mut [T], from: &[T], n: usize) {
-        for (to, from) in to.chunks_mut(self.half()).zip(from.chunks(self.half())) {
-            to[..n * self.width].copy_from_slice(&from[..n * self.width]);
+        for (to, from) in to.chunks_mut(2 * self.half()).zip(from.chunks(2 * self.half())) {
+            let (to_keys, to_values) = to.split_at_mut(self.half());
+            let (keys, values) = from.split_at(self.half());
+            for (to, from) in to_keys.chunks_mut(SQUARE).zip(keys.chunks(SQUARE)) {
+                to[..n * Self::KEYS].copy_from_slice(&from[..n * Self::KEYS]);
+            }
+            to_values[..n * self.width].copy_from_slice(&values[..n * self.width]);
+        }
+    }
+}
+
+kernel! {
+    /// The squares of `keys` transposed: number after number of all keys, `stride` apart; the first `cols` numbers.
+    fn transposed<'a, T>(s: S; to: &'a mut [T], stride: usize, keys: &'a [T], cols: usize) {
+        assert!(keys.len() >= cols.next_multiple_of(Page::KEYS) * Page::KEYS);
+        assert!(cols > 0 && stride >= Page::KEYS && to.len() >= (cols - 1) * stride + Page::KEYS);
+        let (keys, to) = (keys.as_ptr(), to.as_mut_ptr());
+        for col in (0..cols).step_by(S::LANES) {
+            let here = S::LANES.min(cols - col);
+            for key in (0..Page::KEYS).step_by(S::LANES) {
+                // SAFETY: by the assertions there are so many squares, and room for `here` rows.
+                unsafe {
+                    let from = keys.add(col / Page::KEYS * SQUARE + key * Page::KEYS + col % Page::KEYS);
+                    let to = to.add(col * stride + key);
+                    if here == S::LANES {
+                        s.transpose_ptr(from, Page::KEYS, S::LANES, to, stride);
+                        continue;
+                    }
+                    let mut rows = [T::ZERO; MAX_LANES * MAX_LANES];
+                    s.transpose_ptr(from, Page::KEYS, S::LANES, rows.as_mut_ptr(), S::LANES);
+                    for i in 0..here {
+                        s.store_ptr(s.load_ptr(rows.as_ptr().add(i * S::LANES)), to.add(i * stride));
+                    }
+                }
+            }
         }
     }
 }
@@ -87,36 +129,45 @@ impl<'a, T: Float> Cache<'a, T> {
         table.map(move |&number| pages[number][2 * head * half..][..2 * half].split_at(half))
     }
 
-    /// Asks for the first of a slot's `n` keys and values of a head, which will be needed soon: what decoding reads lies in
-    /// many places, each too short to be foreseen.
+    /// Asks for the beginnings of a slot's first `n` keys and values of a head, which will be needed soon: what decoding reads lies
+    /// in many places. Once it has begun with one of them, the CPU sees the pattern.
     pub(super) fn prefetch(&self, slot: usize, head: usize, n: usize) {
-        let lines = |x: &'a [T], keys: usize| x[..keys * self.page.width].chunks((64 / size_of::<T>()).max(1));
-        let pages = self.pages(slot, head, 0).zip((0..n).step_by(Page::KEYS)).take(PAGES_AHEAD);
-        for ((keys, values), at) in pages {
-            let here = Page::KEYS.min(n - at);
-            lines(keys, here).chain(lines(values, here)).for_each(|line| prefetch(line.as_ptr()));
+        let begin = |x: &'a [T]| x.chunks((64 / size_of::<T>()).max(1)).take(LINES_AHEAD);
+        for (keys, values) in self.pages(slot, head, 0).take(n.div_ceil(Page::KEYS).min(PAGES_AHEAD)) {
+            begin(keys).chain(begin(values)).for_each(|line| prefetch(line.as_ptr()));
         }
     }
 
-    /// `n` keys of a slot from key `first` on, which begins a page, transposed into `to`. Columns behind them hold anything.
-    pub(super) fn keys<'b>(&self, to: &'b mut [T], slot: usize, head: usize, first: usize, n: usize) -> Packed<'b, T> {
-        let keys = self.pages(slot, head, first).map(|(keys, _)| keys);
-        pack_transposed_pieces(to, keys, Page::KEYS, self.page.width, n, self.page.head_dim)
-    }
-
-    /// The same values where they lie, page by page, each with the number of its first one and how many there are.
-    pub(super) fn values(
+    /// `n` keys and values of a head from key `first` on, which begins a page, of a slot that has `all`: page by page where they
+    /// lie, but for the keys of a page that is not full, which are transposed into `to`.
+    pub(super) fn pieces<'b>(
         &self,
-        slot: usize,
+        to: &'b mut [T],
+        (slot, all): (usize, usize),
         head: usize,
         first: usize,
         n: usize,
-    ) -> impl Iterator<Item = (usize, usize, Packed<'a, T>)> + use<'a, T> {
-        let (page, finite) = (self.page, self.finite);
-        self.pages(slot, head, first).zip((0..n).step_by(Page::KEYS)).map(move |((_, values), at)| {
-            let keys = Page::KEYS.min(n - at);
-            (at, keys, Packed::new(values, keys, page.head_dim, page.width, finite))
-        })
+    ) -> impl Iterator<Item = Piece<'b, T>>
+    where
+        'a: 'b,
+    {
+        let Page { head_dim: d, width, .. } = self.page;
+        let (full, finite) = ((all - first) / Page::KEYS, self.finite);
+        if let Some((keys, _)) = self.pages(slot, head, first).nth(full).filter(|_| full * Page::KEYS < n) {
+            transposed(to, Page::KEYS, keys, d);
+        }
+        let to = &*to;
+        self.pages(slot, head, first).zip((0..n).step_by(Page::KEYS)).enumerate().map(
+            move |(i, ((keys, values), at))| {
+                let here = Page::KEYS.min(n - at);
+                Piece {
+                    at,
+                    keys: here,
+                    kt: Packed::new(if i < full { keys } else { to }, d, here, Page::KEYS, true),
+                    v: Packed::new(values, here, d, width, finite),
+                }
+            },
+        )
     }
 
     /// Whether a slot has so many keys.
@@ -153,7 +204,7 @@ mod tests {
     #[test]
     fn a_copy_reads_as_the_original_wherever_its_pages_are() {
         let rows = normal::<f32>(300 * 10, 2);
-        let page = Page::new::<f32>(2, 5);
+        let page = Page::new(2, 5);
         // What no key was written to must not be seen.
         let empty = || {
             let mut page = Buffer::zeroed(page.size()).unwrap();

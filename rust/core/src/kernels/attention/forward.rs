@@ -1,7 +1,7 @@
 //! The forward pass, and the weights for whoever asks to see them.
 
-use super::product::{Left, Packed, Start, pack, pack_transposed, packed_len, product, stride};
-use super::scores::{BLOCK, Block, ROW, advance, factor, normalise};
+use super::product::{Left, Start, pack, pack_transposed, packed_len, product, stride};
+use super::scores::{BLOCK, Block, Piece, ROW, advance, factor, normalise};
 use super::work::{Item, split};
 use super::{Heads, Inputs, KEYS, Out, QUERIES};
 use crate::error::Result;
@@ -55,12 +55,13 @@ fn forward_item<T: Float>(
     for block in blocks {
         let m = block * KEYS;
         let keys = KEYS.min(masks.visible(&sequence, queries.end - 1) - m);
-        let (kt, v) = match cache {
-            Some(cache) => (cache.keys(kt, sequence.key, kv_head, m, keys), None),
+        let pieces: Vec<_> = match cache {
+            Some(cache) => cache.pieces(kt, (sequence.key, sequence.keys), kv_head, m, keys).collect(),
             None => {
                 let key = sequence.key + m;
                 let kt = pack_transposed(kt, k.at(key, kv_head, head_dim), k.stride, keys, head_dim);
-                (kt, Some(pack(v_rows, v.at(key, kv_head, head_dim), v.stride, keys, head_dim, T::ONE)))
+                let v = pack(v_rows, v.at(key, kv_head, head_dim), v.stride, keys, head_dim, T::ONE);
+                vec![Piece { at: 0, keys, kt, v }]
             }
         };
         for (g, head) in item.heads.clone().enumerate() {
@@ -73,21 +74,15 @@ fn forward_item<T: Float>(
                 let block = Block { sequence, index, head, l, rows, m, cols };
                 let first = g * queries.len() + l - queries.start;
                 let q = Left { data: &q_rows[first * width..], row: width, col: 1 };
-                block.scores(x, q, kt, inputs);
+                block.scores(x, q, block.seen(&pieces).map(|piece| (piece.at, piece.keys, piece.kt)), inputs);
                 let (maximum, sum) = (&mut maximum[first..][..rows], &mut sum[first..][..rows]);
                 advance(x, block, maximum, sum, &mut shrink, masks.dropout, n_heads);
                 let start = if m == 0 { Start::Zero } else { Start::Scaled(&shrink[..rows]) };
                 let y = &mut y[first * width..];
-                let mut add = |at: usize, keys: usize, v: Packed<'_, T>| {
+                for Piece { at, keys, v, .. } in block.seen(&pieces) {
                     let start = if at == 0 { start } else { Start::Sum };
                     let x = Left { data: &x[at..], row: ROW, col: 1 };
                     product(y, width, x, v, rows, head_dim, keys, start);
-                };
-                match (cache, v) {
-                    (Some(cache), _) => {
-                        cache.values(sequence.key, kv_head, m, cols).for_each(|(at, keys, v)| add(at, keys, v));
-                    }
-                    (None, v) => v.into_iter().for_each(|v| add(0, cols, v)),
                 }
             }
         }
@@ -147,9 +142,15 @@ pub fn attention_weights<T: Float>(weights: &mut [T], lse: &[T], inputs: &Inputs
         for block in blocks {
             let m = block * KEYS;
             let keys = KEYS.min(masks.visible(&sequence, queries.end - 1) - m);
-            let kt = match cache {
-                Some(cache) => cache.keys(kt, sequence.key, kv_head, m, keys),
-                None => pack_transposed(kt, k.at(sequence.key + m, kv_head, head_dim), k.stride, keys, head_dim),
+            let keys_of: Vec<_> = match cache {
+                Some(cache) => {
+                    let pieces = cache.pieces(kt, (sequence.key, sequence.keys), kv_head, m, keys);
+                    pieces.map(|piece| (piece.at, piece.keys, piece.kt)).collect()
+                }
+                None => {
+                    let k_block = k.at(sequence.key + m, kv_head, head_dim);
+                    vec![(0, keys, pack_transposed(kt, k_block, k.stride, keys, head_dim))]
+                }
             };
             for head in item.heads.clone() {
                 for l in queries.clone().step_by(QUERIES) {
@@ -157,7 +158,7 @@ pub fn attention_weights<T: Float>(weights: &mut [T], lse: &[T], inputs: &Inputs
                     let block = Block { sequence, index, head, l, rows, m, cols: keys };
                     let q_block = q.at(sequence.query + l, head, head_dim);
                     let q = pack(q_rows, q_block, q.stride, rows, head_dim, factor(heads.scale));
-                    block.scores(x, q.left(), kt, inputs);
+                    block.scores(x, q.left(), keys_of.iter().copied(), inputs);
                     normalise(x, block, lse, n_heads);
                     let to = head * sequence.queries + l;
                     // SAFETY: a part of this item alone.

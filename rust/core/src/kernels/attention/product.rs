@@ -100,21 +100,6 @@ pub(super) fn pack_transposed<'a, T: Float>(
     Packed { data: to, rows: cols, cols: rows, stride: stride(rows), finite: true }
 }
 
-/// The same of rows that lie in pieces of `piece` rows, whole vectors; of the last one more than `rows` may be copied.
-pub(super) fn pack_transposed_pieces<'a, 'b, T: Float>(
-    to: &'a mut [T],
-    pieces: impl Iterator<Item = &'b [T]>,
-    piece: usize,
-    from_stride: usize,
-    rows: usize,
-    cols: usize,
-) -> Packed<'a, T> {
-    for (first, from) in (0..rows).step_by(piece).zip(pieces) {
-        copy_columns(&mut to[first..], stride(rows), from, from_stride, piece, cols);
-    }
-    Packed { data: to, rows: cols, cols: rows, stride: stride(rows), finite: true }
-}
-
 kernel! {
     fn copy_rows<'a, T>(s: S; to: &'a mut [T], from: &'a [T], from_stride: usize, rows: usize, cols: usize, factor: T) -> bool {
         // Stays 0 while all numbers are finite.

@@ -30,16 +30,40 @@ pub(super) struct Block {
     pub cols: usize,
 }
 
+/// Some keys of a block, transposed, and their values.
+#[derive(Clone, Copy)]
+pub(super) struct Piece<'a, T> {
+    /// The number of the first one in the block, which begins a vector, and how many there are.
+    pub at: usize,
+    pub keys: usize,
+    pub kt: Packed<'a, T>,
+    pub v: Packed<'a, T>,
+}
+
 impl Block {
     /// The rows of its queries in the batch.
     pub fn query_rows(&self) -> Range<usize> {
         self.sequence.query + self.l..self.sequence.query + self.l + self.rows
     }
 
-    /// x = the scores, from queries q (times [`factor`]) and keys kt (transposed). Behind them, to the end of a vector, stands
-    /// anything.
-    pub fn scores<T: Float>(&self, x: &mut [T], q: Left<'_, T>, kt: Packed<'_, T>, inputs: &Inputs<'_, T>) {
-        product(x, ROW, q, kt, self.rows, self.cols, inputs.heads.head_dim, Start::Zero);
+    /// What its queries see of the pieces of a block.
+    pub fn seen<'a, T: Copy>(&self, pieces: &[Piece<'a, T>]) -> impl Iterator<Item = Piece<'a, T>> {
+        let inside = pieces.iter().take_while(|piece| piece.at < self.cols);
+        inside.map(|piece| Piece { keys: piece.keys.min(self.cols - piece.at), ..*piece })
+    }
+
+    /// x = the scores, from queries q (times [`factor`]) and keys: some, and their number in the block, after the others. Behind
+    /// them, to the end of a vector, stands anything.
+    pub fn scores<'a, T: Float>(
+        &self,
+        x: &mut [T],
+        q: Left<'_, T>,
+        keys: impl IntoIterator<Item = (usize, usize, Packed<'a, T>)>,
+        inputs: &Inputs<'_, T>,
+    ) {
+        for (at, keys, kt) in keys {
+            product(&mut x[at..], ROW, q, kt, self.rows, keys, inputs.heads.head_dim, Start::Zero);
+        }
         let Masks { causal, keep, bias, .. } = inputs.masks;
         let every = !causal || inputs.masks.visible(&self.sequence, self.l) >= self.m + self.cols;
         if !every || keep.is_some() || bias.is_some() {

@@ -139,7 +139,7 @@ fn cached_keys_give_the_bits_of_packed_ones() {
     let packed = KeysValues::Packed { k: at(x, 24), v: at(x, 36), rows: &rows };
     let whole = attention(&mut tape, at(x, 0), &rows, packed, heads, &masks).unwrap();
     // Another sequence has the slot before this one, and the pages lie in another order.
-    let (values, page) = (normal::<f32>(n, 48, 1), Page::new::<f32>(2, 6));
+    let (values, page) = (normal::<f32>(n, 48, 1), Page::new(2, 6));
     let tables = [vec![], (0..n.div_ceil(Page::KEYS)).rev().collect::<Vec<_>>()];
     let mut pages: Vec<_> = tables[1].iter().map(|_| Buffer::zeroed(page.size()).unwrap()).collect();
     for i in 0..n {
@@ -213,7 +213,7 @@ fn wrong_arguments_are_named() {
         assert!(error(0, 16, &rows, good, &Masks { dropout: Some((0, p)), ..none }).contains("`dropout`"));
     }
 
-    let page = Page::new::<f32>(2, 4);
+    let page = Page::new(2, 4);
     let (pages, tables) = ([Buffer::zeroed(page.size()).unwrap()], [vec![0], vec![1], vec![0]]);
     let cache = Cache { pages: &pages, tables: &tables, page, finite: true };
     let cached = |slots, lengths| KeysValues::Cached { cache, slots, lengths };
