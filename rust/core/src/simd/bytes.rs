@@ -25,7 +25,17 @@ pub struct Products(pub [f32; AMX_ROWS * WIDTH]);
 /// Sums of a tile before they are multiplied by scales: row by row, panels side by side.
 #[derive(Debug)]
 #[repr(align(64))]
-struct Sums([i32; AMX_ROWS * PANEL]);
+pub struct Sums([i32; AMX_ROWS * PANEL]);
+
+impl Products {
+    /// Memory for them.
+    pub const ZERO: Self = Products([0.0; _]);
+}
+
+impl Sums {
+    /// Memory for them.
+    pub const ZERO: Self = Sums([0; _]);
+}
 
 /// Which instructions multiply bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,22 +120,27 @@ pub struct Operands<'a> {
     pub w_scales: &'a [f32],
     /// Panels: 1, or as many as [`Bytes::panels_at_once`] says.
     pub panels: usize,
+    /// What vectors that multiply one panel ask for meanwhile, as many bytes at each step as they multiply. (Several panels are
+    /// streams enough for the CPU to run ahead of by itself.) Any address will do.
+    pub ahead: *const u8,
+    /// From one step to the next.
+    pub ahead_step: usize,
 }
 
 /// Multiplies tiles, on the thread that made it and within one task.
-pub struct Multiplier {
+pub struct Multiplier<'a> {
     bytes: Bytes,
-    sums: Sums,
+    sums: &'a mut Sums,
     #[cfg(target_arch = "x86_64")]
     tiles: Option<amx::Tiles>,
 }
 
-impl Multiplier {
+impl<'a> Multiplier<'a> {
     /// One that uses these instructions, which `best` or `all` gave.
-    pub fn new(bytes: Bytes) -> Self {
+    pub fn new(bytes: Bytes, sums: &'a mut Sums) -> Self {
         Multiplier {
             bytes,
-            sums: Sums([0; _]),
+            sums,
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `best` and `all` name what the CPU has.
             tiles: (bytes == Bytes::Amx).then(|| unsafe { amx::Tiles::new() }),
@@ -150,7 +165,7 @@ impl Multiplier {
             Bytes::Amx if rows >= AMX_FROM_ROWS => {
                 self.amx(o);
                 // SAFETY: a CPU with AMX has AVX-512.
-                unsafe { x86::scale_avx512(out, &self.sums, o) };
+                unsafe { x86::scale_avx512(out, self.sums, o) };
             }
             // SAFETY: `best` and `all` name what the CPU has; the lengths were checked.
             #[cfg(target_arch = "x86_64")]
@@ -159,11 +174,11 @@ impl Multiplier {
             #[cfg(target_arch = "x86_64")]
             Bytes::Avx2 => unsafe {
                 x86::avx2(&mut self.sums.0, o);
-                x86::scale_avx2(out, &self.sums, o);
+                x86::scale_avx2(out, self.sums, o);
             },
             _ => {
                 portable(&mut self.sums.0, o);
-                scale(out, &self.sums, o);
+                scale(out, self.sums, o);
             }
         }
     }
@@ -222,6 +237,7 @@ fn portable(out: &mut [i32], o: Operands<'_>) {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
+    use super::super::prefetch;
     use super::{Operands, PANEL, STEP, Sums, WIDTH};
     use std::arch::x86_64::*;
 
@@ -260,7 +276,13 @@ mod x86 {
         // (w + 128) x summed up is w x summed up and 128 times the sum of x.
         let mut acc: [[__m512i; V]; R] = std::array::from_fn(|r| [_mm512_set1_epi32(-128 * o.sums[r]); V]);
         let panel = o.steps * STEP * PANEL;
+        let mut ahead = o.ahead;
         for k in 0..o.steps {
+            if V == 2 {
+                prefetch(ahead);
+                prefetch(ahead.wrapping_add(64));
+                ahead = ahead.wrapping_add(o.ahead_step);
+            }
             // SAFETY: `tile` checked the lengths of x and w; V vectors are V / 2 panels.
             unsafe {
                 let w: [__m512i; V] = std::array::from_fn(|v| {

@@ -192,7 +192,14 @@ impl<T: Float, E: Epilogue<T>> Epilogue<T> for Part<'_, E> {
     }
 
     #[inline(always)]
-    fn finish<S: Simd<T>>(&self, s: S, row: usize, column: usize, c: &mut [T]) {
-        self.epilogue.finish(s, row, self.first + column, c);
+    fn finish_from<S: Simd<T>>(
+        &self,
+        s: S,
+        row: usize,
+        column: usize,
+        c: &mut [T],
+        number: impl Fn(usize, &[T]) -> S::V,
+    ) {
+        self.epilogue.finish_from(s, row, self.first + column, c, number);
     }
 }

@@ -14,9 +14,30 @@ pub trait Epilogue<T: Float>: Sync {
     /// Whether it fits a product of `rows` x `cols`.
     fn check(&self, rows: usize, cols: usize) -> Result<()>;
 
-    /// Finishes `c`, which is row `row` of C from column `column` on. What an element becomes must not depend on where
-    /// a segment begins or ends. `#[inline(always)]`.
-    fn finish<S: Simd<T>>(&self, s: S, row: usize, column: usize, c: &mut [T]);
+    /// Finishes row `row` of C from column `column` on: makes `c` out of the numbers that `number` gives, a vector of them from
+    /// the i-th on for (i, elements of c from there on). What an element becomes must not depend on where a segment begins or ends.
+    /// `#[inline(always)]`.
+    fn finish_from<S: Simd<T>>(
+        &self,
+        s: S,
+        row: usize,
+        column: usize,
+        c: &mut [T],
+        number: impl Fn(usize, &[T]) -> S::V,
+    );
+
+    /// The same for the numbers that stand in `c`.
+    #[inline(always)]
+    fn finish<S: Simd<T>>(&self, s: S, row: usize, column: usize, c: &mut [T]) {
+        self.finish_from(
+            s,
+            row,
+            column,
+            c,
+            #[inline(always)]
+            |_, c| s.load_first(c, T::ZERO),
+        );
+    }
 }
 
 /// C stays as it is.
@@ -31,7 +52,11 @@ impl<T: Float> Epilogue<T> for NoEpilogue {
     }
 
     #[inline(always)]
-    fn finish<S: Simd<T>>(&self, _: S, _: usize, _: usize, _: &mut [T]) {}
+    fn finish_from<S: Simd<T>>(&self, s: S, _: usize, _: usize, c: &mut [T], number: impl Fn(usize, &[T]) -> S::V) {
+        for (i, c) in c.chunks_mut(S::LANES).enumerate() {
+            s.store_first(number(i * S::LANES, c), c);
+        }
+    }
 }
 
 /// A function of single numbers, written for vectors.
@@ -88,12 +113,19 @@ impl<T: Float, A: Activation<T>> Epilogue<T> for Affine<'_, T, A> {
     }
 
     #[inline(always)]
-    fn finish<S: Simd<T>>(&self, s: S, row: usize, column: usize, c: &mut [T]) {
+    fn finish_from<S: Simd<T>>(
+        &self,
+        s: S,
+        row: usize,
+        column: usize,
+        c: &mut [T],
+        number: impl Fn(usize, &[T]) -> S::V,
+    ) {
         let bias = self.bias.map(|bias| &bias[column..][..c.len()]);
         let residual = self.residual.map(|r| &r.data[row * r.row_stride + column..][..c.len()]);
         let dropout = self.dropout.map(|d| (d.row(row), d.threshold, s.splat(T::from_f64(d.scale))));
         for (i, c) in c.chunks_mut(S::LANES).enumerate() {
-            let mut y = s.load_first(c, T::ZERO);
+            let mut y = number(i * S::LANES, c);
             if let Some(bias) = bias {
                 y = s.add(y, s.load_first(&bias[i * S::LANES..], T::ZERO));
             }

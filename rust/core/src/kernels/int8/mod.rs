@@ -15,9 +15,10 @@ pub use quantize::{Int8Matrix, quantize_rows};
 
 use super::gemm::{Epilogue, stash};
 use crate::error::Result;
-use crate::simd::bytes::{Bytes, Multiplier, Operands, PANEL, Products, STEP, WIDTH};
-use crate::simd::{Float, Kernel, Simd};
+use crate::simd::bytes::{Bytes, Multiplier, Operands, PANEL, Products, STEP, Sums, WIDTH};
+use crate::simd::{Float, Kernel, MAX_LANES, Simd, prefetch};
 use crate::{ensure, threads};
+use std::cell::RefCell;
 use std::ops::Range;
 
 /// The longest sum: beyond it one of 127² each could leave 32 bits.
@@ -31,6 +32,16 @@ const TASK_ROWS: usize = 96;
 const TASK: usize = 1 << 20;
 /// Below this number of multiply-adds a product runs on the calling thread.
 const SERIAL_BELOW: usize = 1 << 21;
+/// The places of a result of more bytes than this are asked for while its tiles are multiplied, for they have left the L2 cache.
+/// (Asking for those of a smaller one costs 3 % of a product of 16 rows.)
+const NEAR_BYTES: usize = 1 << 20;
+/// Steps along the depth, 8 KiB of a panel, between what a tile multiplies and what it asks for, where the next steps of its own
+/// panel are to come from memory.
+const AHEAD: usize = 64;
+/// Bytes of a panel at each step.
+const STEP_BYTES: usize = STEP * PANEL;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 /// Fewer rows than this take as long: the weights have to come from memory.
 const LEAST_ROWS: usize = 8;
 
@@ -81,12 +92,17 @@ fn run<T: Float, E: Epilogue<T>>(
         let sums = unsafe { std::slice::from_raw_parts_mut(sums.as_mut_ptr().cast::<i32>(), rows) };
         quantize_rows(q, scales, sums, x, depth, stride, workers)?;
 
-        let out = Output(y.as_mut_ptr());
+        let out = Output { far: size_of_val(y) > NEAR_BYTES, data: y.as_mut_ptr() };
         let grid = Grid::new(rows, w.panels(), depth, workers, bytes);
-        let (q, sums, scales) = (&*q, &*sums, &*scales);
+        let x = Rows { q, stride, sums, scales };
         let task = |index: usize| {
             let (rows, panels) = grid.block(index);
-            block(bytes, &out, Rows { q, stride, sums, scales }, w, epilogue, rows, panels);
+            // Tasks are taken in turn: the thread that has this one will likely have the one `workers` further on.
+            let then = (index + workers < grid.tasks()).then(|| grid.block(index + workers).1.start);
+            let neighbours = Neighbours { first: index < workers, then };
+            SCRATCH.with_borrow_mut(|scratch| {
+                block(bytes, scratch, &out, x, w, epilogue, (rows, panels), neighbours);
+            });
         };
         if workers > 1 {
             return threads::parallel(grid.tasks(), task);
@@ -106,7 +122,11 @@ struct Rows<'a> {
 }
 
 /// y, shared by tasks that write different elements of it.
-struct Output<T>(*mut T);
+struct Output<T> {
+    data: *mut T,
+    /// It does not fit into the L2 cache.
+    far: bool,
+}
 
 // SAFETY: the pointer stands for a borrow that `run` holds; tasks write disjoint elements.
 unsafe impl<T: Send> Sync for Output<T> {}
@@ -146,49 +166,80 @@ impl Grid {
     }
 }
 
+thread_local! {
+    /// What tiles leave on the way to y; to zero it for each task takes as long as a small tile.
+    static SCRATCH: RefCell<(Products, Sums)> = const { RefCell::new((Products::ZERO, Sums::ZERO)) };
+}
+
+/// What a task knows of those that its thread has before and after it.
+#[derive(Clone, Copy)]
+struct Neighbours {
+    /// There was none before it: nobody asked for its first panels.
+    first: bool,
+    /// The first panel of the one after it, if there is one.
+    then: Option<usize>,
+}
+
 /// Some rows times some panels.
 fn block<T: Float, E: Epilogue<T>>(
     bytes: Bytes,
+    (products, sums): &mut (Products, Sums),
     out: &Output<T>,
     x: Rows<'_>,
     w: &Int8Rhs,
     epilogue: &E,
-    rows: Range<usize>,
-    panels: Range<usize>,
+    (rows, panels): (Range<usize>, Range<usize>),
+    neighbours: Neighbours,
 ) {
-    let mut multiplier = Multiplier::new(bytes);
-    let mut products = Products([0.0; _]);
+    let mut multiplier = Multiplier::new(bytes, sums);
     let tile_rows = bytes.tile_rows(rows.len());
     // The same number of panels at once for every tile: the last one may have fewer rows.
     let at_once = bytes.panels_at_once(rows.len().min(tile_rows));
+    let steps = x.stride / STEP;
+    // Panels come from memory while those before them are multiplied, each tile of rows asking for its share: also those of
+    // the next task. The very first ones, and all that are read once only, just ahead of their use.
+    let tiles = rows.len().div_ceil(tile_rows);
+    let share = STEP_BYTES.div_ceil(tiles.max(1));
     for group in panels.clone().step_by(WIDTH / PANEL) {
         let group = group..panels.end.min(group + WIDTH / PANEL);
-        let mut row = rows.start;
+        let next = if group.end < panels.end { Some(group.end) } else { neighbours.then };
+        let cold = tiles == 1 || (neighbours.first && group.start == panels.start);
+        let (mut row, mut asked) = (rows.start, 0);
         while row < rows.end {
             let left = rows.end - row;
             // Two tiles of equal height, no thin one.
             let height = if left > tile_rows && left < 2 * tile_rows { left.div_ceil(2) } else { left.min(tile_rows) };
-            let (first, last) = (row * x.stride, (row + height) * x.stride);
+            let (ahead, ahead_step) = match next {
+                _ if cold && row == rows.start => (w.start(group.start).wrapping_add(AHEAD * STEP_BYTES), STEP_BYTES),
+                Some(next) => (w.start(next).wrapping_add(asked), share),
+                None => (w.start(group.start), 0),
+            };
+            asked += share * steps;
             let mut panel = group.start;
             while panel < group.end {
                 let count = if group.end - panel >= at_once { at_once } else { 1 };
+                if out.far {
+                    prefetch_rows(out.data.wrapping_add(row * w.outputs + panel * PANEL), w.outputs, height, count);
+                }
                 let operands = Operands {
-                    steps: x.stride / STEP,
-                    x: &x.q[first..last],
+                    steps,
+                    x: &x.q[row * x.stride..(row + height) * x.stride],
                     stride: x.stride,
                     sums: &x.sums[row..row + height],
                     x_scales: &x.scales[row..row + height],
                     w: w.panel(panel..panel + count),
                     w_scales: &w.scales[panel * PANEL..(panel + count) * PANEL],
                     panels: count,
+                    ahead: ahead.wrapping_add((panel - group.start) * steps * STEP_BYTES),
+                    ahead_step,
                 };
                 multiplier.tile(&mut products.0[(panel - group.start) * PANEL..], operands);
                 panel += count;
             }
             let column = group.start * PANEL;
             T::dispatch(Finish {
-                products: &products,
-                out: out.0,
+                products,
+                out: out.data,
                 outputs: w.outputs,
                 rows: row..row + height,
                 column,
@@ -196,6 +247,15 @@ fn block<T: Float, E: Epilogue<T>>(
                 epilogue,
             });
             row += height;
+        }
+    }
+}
+
+/// Asks for the place of a tile in y, which is written when it has been multiplied. (Addresses past the end are harmless.)
+fn prefetch_rows<T>(y: *const T, stride: usize, rows: usize, panels: usize) {
+    for row in 0..rows {
+        for column in (0..panels * PANEL).step_by(LINE / size_of::<T>()) {
+            prefetch(y.wrapping_add(row * stride + column));
         }
     }
 }
@@ -220,16 +280,21 @@ impl<T: Float, E: Epilogue<T>> Kernel<T> for Finish<'_, T, E> {
         for (row, products) in rows.zip(products.0.as_chunks::<WIDTH>().0) {
             // SAFETY: these columns of this row are inside y, and this task alone has them.
             let y = unsafe { std::slice::from_raw_parts_mut(out.add(row * outputs + column), columns) };
-            let number = |product: f32| T::from_f64(f64::from(product));
-            let (whole, rest) = y.as_chunks_mut::<PANEL>();
-            let (products, last) = products.split_at(whole.len() * PANEL);
-            for (y, products) in whole.iter_mut().zip(products.as_chunks::<PANEL>().0) {
-                *y = products.map(number);
-            }
-            rest.iter_mut().zip(last).for_each(|(y, &product)| *y = number(product));
-            if E::ACTIVE {
-                epilogue.finish(s, row, column, y);
-            }
+            epilogue.finish_from(
+                s,
+                row,
+                column,
+                y,
+                #[inline(always)]
+                |i, _| {
+                    let products = &products[i..][..S::LANES];
+                    let mut numbers = [T::ZERO; MAX_LANES];
+                    for (number, &product) in numbers.iter_mut().zip(products) {
+                        *number = T::from_f64(f64::from(product));
+                    }
+                    s.load(&numbers)
+                },
+            );
         }
     }
 }

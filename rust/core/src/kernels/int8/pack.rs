@@ -51,6 +51,11 @@ impl Int8Rhs {
         self.outputs.div_ceil(PANEL)
     }
 
+    /// Where a panel begins.
+    pub(super) fn start(&self, panel: usize) -> *const u8 {
+        bytes_of(&self.panels).as_ptr().wrapping_add(panel * self.panel_len)
+    }
+
     /// The bytes of some panels.
     pub(super) fn panel(&self, range: Range<usize>) -> &[u8] {
         let len = self.panel_len;

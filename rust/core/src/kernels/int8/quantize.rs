@@ -2,7 +2,7 @@
 
 use super::MAX_DEPTH;
 use crate::error::Result;
-use crate::simd::{Float, Simd};
+use crate::simd::{Float, Simd, prefetch};
 use crate::{bail, ensure, kernel, threads};
 
 /// The largest byte: −128 is left out, so that magnitudes fit as well.
@@ -11,17 +11,30 @@ const LARGEST: f64 = 127.0;
 const BLOCK: usize = 64;
 /// Vectors whose largest numbers are sought side by side.
 const CHAINS: usize = 4;
+/// How many numbers ahead of that they are asked for: the rest of the row, or the next one.
+const AHEAD: usize = 512;
+/// A task has so many numbers at least: half a microsecond.
+const TASK: usize = 4096;
 
 kernel! {
     /// One row to bytes, zeros behind them; gives scale and sum. A row with a number that is not finite has the scale NaN.
     fn quantize_row<'a, T>(s: S; q: &'a mut [i8], x: &'a [T]) -> (f32, i32) {
         let (mut largest, mut poison) = ([s.zero(); CHAINS], [s.zero(); CHAINS]);
-        for x in x.chunks(CHAINS * S::LANES) {
-            for ((x, largest), poison) in x.chunks(S::LANES).zip(&mut largest).zip(&mut poison) {
-                let x = s.load_first(x, T::ZERO);
+        let mut groups = x.chunks_exact(CHAINS * S::LANES);
+        for group in &mut groups {
+            let chains = group.chunks_exact(S::LANES).zip(&mut largest).zip(&mut poison);
+            for ((x, largest), poison) in chains {
+                prefetch(x.as_ptr().wrapping_add(AHEAD));
+                let x = s.load(x);
                 *largest = s.max(s.abs(x), *largest);
                 *poison = s.mul_add(x, s.zero(), *poison); // 0, NaN from infinity and NaN on
             }
+        }
+        let chains = groups.remainder().chunks(S::LANES).zip(&mut largest).zip(&mut poison);
+        for ((x, largest), poison) in chains {
+            let x = s.load_first(x, T::ZERO);
+            *largest = s.max(s.abs(x), *largest);
+            *poison = s.mul_add(x, s.zero(), *poison);
         }
         let largest = s.reduce_max(largest.into_iter().fold(s.zero(), #[inline(always)] |a, b| s.max(a, b)));
         let poison = s.reduce_sum(poison.into_iter().fold(s.zero(), #[inline(always)] |a, b| s.add(a, b)));
@@ -81,14 +94,15 @@ pub fn quantize_rows<T: Float>(
         sums.fill(0);
         return Ok(());
     }
-    let rows = threads::rows_per_task(depth);
     fn some<T: Float>(q: &mut [i8], scales: &mut [f32], sums: &mut [i32], x: &[T], depth: usize, stride: usize) {
         let rows = q.chunks_mut(stride).zip(x.chunks(depth));
         for ((q, x), (scale, sum)) in rows.zip(scales.iter_mut().zip(sums)) {
             (*scale, *sum) = quantize_row(q, x);
         }
     }
-    if workers == 1 {
+    // Few tasks, for each is handed over under a lock.
+    let rows = scales.len().div_ceil(4 * workers).max(TASK / depth).max(1);
+    if workers == 1 || rows >= scales.len() {
         some(q, scales, sums, x, depth, stride);
         return Ok(());
     }

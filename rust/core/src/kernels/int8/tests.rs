@@ -5,7 +5,7 @@ use super::*;
 use crate::kernels::testing::normal;
 use crate::threads::with_local_limit;
 
-const SHAPES: [(usize, usize, usize); 9] = [
+const SHAPES: [(usize, usize, usize); 10] = [
     (1, 1, 1),
     (1, 64, 130),
     (2, 7, 33),
@@ -15,6 +15,7 @@ const SHAPES: [(usize, usize, usize); 9] = [
     (97, 384, 64),
     (3, 513, 300),
     (200, 65, 257),
+    (600, 20, 500), // y is larger than the L2 cache
 ];
 
 fn quantized(x: &[f32], depth: usize) -> (Vec<i8>, Vec<f32>) {
@@ -58,6 +59,27 @@ fn the_largest_sums_are_exact() {
         }
     }
     assert!(Int8Matrix::quantize(&[0.0f32; MAX_DEPTH + 1], 1, MAX_DEPTH + 1).is_err());
+}
+
+#[test]
+fn whole_numbers_up_to_127_are_exact_in_both_types_with_an_epilogue() {
+    fn check<T: Float>() {
+        let (rows, depth, outputs) = (14, 10, 45);
+        let whole = |len: usize, step: usize| -> Vec<i32> {
+            (0..len).map(|i| if i % depth == 3 { 127 } else { (i * step % 255) as i32 - 127 }).collect()
+        };
+        let (x, w) = (whole(rows * depth, 37), whole(outputs * depth, 91));
+        let numbers = |whole: &[i32]| -> Vec<T> { whole.iter().map(|&i| T::from_f64(f64::from(i))).collect() };
+        let packed = Int8Rhs::new(&[&Int8Matrix::quantize(&numbers(&w), outputs, depth).unwrap()]).unwrap();
+        let bias: Vec<i32> = (0..outputs as i32).collect();
+        let mut y = vec![T::NAN; rows * outputs];
+        product(&mut y, &numbers(&x), &packed, &Affine::bias(&numbers(&bias))).unwrap();
+        let dot = |x: &[i32], w: &[i32]| -> i32 { x.iter().zip(w).map(|(x, w)| x * w).sum() };
+        let row = |x| w.chunks(depth).zip(&bias).map(move |(w, b)| dot(x, w) + b);
+        assert!(y == numbers(&x.chunks(depth).flat_map(row).collect::<Vec<_>>()));
+    }
+    check::<f32>();
+    check::<f64>();
 }
 
 #[test]
