@@ -33,8 +33,8 @@ def measure(options: Options) -> list[Row]:
         if options.names and name not in options.names:
             continue
         counts = [1, *(n for n in THREADS if n <= options.threads)]
-        players = {n: Player(Ours, Job(SHAPES[name], 0.1, n)) for n in counts}
-        crowd = [players[1], *(Player(Ours, Job(SHAPES[name], 0.1, 1)) for _ in range(counts[-1] - 1))]
+        players = {n: Player(Ours, Job(SHAPES[name], 0.1, n), warm_ups=1) for n in counts}
+        crowd = [players[1], *(Player(Ours, Job(SHAPES[name], 0.1, 1), warm_ups=1) for _ in range(counts[-1] - 1))]
         gains: dict[int, list[float]] = {n: [] for n in counts[1:]}
         for _ in range(min(options.turns, TURNS)):
             for player in players.values():
