@@ -109,7 +109,7 @@ impl<T: Float> Pool<T> {
 
     fn make(&mut self, len: usize) -> Result<Buffer<T>> {
         self.made += len;
-        if len > BLOCK / 4 || self.made < BLOCK {
+        if len >= BLOCK / 4 || self.made < BLOCK {
             return Buffer::zeroed(len);
         }
         if self.block.len() < len + GAP {
