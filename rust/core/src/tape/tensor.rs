@@ -158,22 +158,25 @@ impl<T: Float> Pool<T> {
         })
     }
 
-    /// Frees buffers, the largest first, until at most so many bytes wait.
+    /// Frees memory until at most so many bytes wait: whole buffers, the largest first, then all parts, which free nothing alone.
     pub fn shrink(&mut self, most: usize) {
-        let mut bytes = self.bytes();
-        while bytes > most
-            && let Some(mut largest) = self.free.last_entry()
-        {
-            bytes -= largest.get_mut().pop().map_or(0, |buffer| buffer.len() * size_of::<T>());
-            if largest.get().is_empty() {
-                largest.remove();
-            }
+        let mut excess = self.bytes().saturating_sub(most);
+        for (len, buffers) in self.free.iter_mut().rev() {
+            buffers.retain(|buffer| {
+                let keep = excess == 0 || buffer.is_part();
+                excess = if keep { excess } else { excess.saturating_sub(len * size_of::<T>()) };
+                keep
+            });
+        }
+        if excess > 0 {
+            *self = Pool::default();
         }
     }
 
     /// Bytes that wait in the pool.
     pub fn bytes(&self) -> usize {
-        self.free.iter().map(|(len, buffers)| len * buffers.len() * size_of::<T>()).sum()
+        let free: usize = self.free.iter().map(|(len, buffers)| len * buffers.len()).sum();
+        (free + self.block.len()) * size_of::<T>()
     }
 }
 
@@ -246,6 +249,25 @@ mod tests {
             pool.shrink(most);
             assert_eq!(pool.bytes(), bytes, "{most}");
         }
+    }
+
+    #[test]
+    fn parts_of_blocks_are_freed_together() {
+        let (mut pool, n) = (Pool::<f32>::default(), LEAST_PART);
+        let many: Vec<_> = (0..2 * BLOCK / n).map(|_| pool.tensor(1, n).unwrap()).collect();
+        many.into_iter().for_each(|tensor| pool.recycle(tensor));
+        let (all, whole) = (pool.bytes(), pool.free[&n].iter().filter(|buffer| !buffer.is_part()).count());
+        assert!(all >= 2 * BLOCK * size_of::<f32>() && whole > 0);
+        pool.shrink(all - 1);
+        assert_eq!(pool.bytes(), all - n * size_of::<f32>(), "a buffer of its own is enough");
+        let parts = all - whole * n * size_of::<f32>();
+        pool.shrink(parts);
+        assert_eq!(pool.bytes(), parts, "the parts may stay");
+        pool.shrink(parts - 1);
+        assert_eq!(pool.bytes(), 0);
+        let again = pool.tensor(1, n).unwrap();
+        pool.recycle(again);
+        assert_eq!(pool.bytes(), n * size_of::<f32>());
     }
 
     #[test]
