@@ -1,0 +1,49 @@
+//! Products in int8, inputs quantised on the way, in operations per second: `cargo bench -p transformer_core --bench int8`.
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use std::time::Duration;
+use transformer_core::kernels::activation::Gelu;
+use transformer_core::kernels::gemm::{Affine, Identity};
+use transformer_core::kernels::int8::{Int8Matrix, Int8Rhs, product};
+use transformer_core::rng::Key;
+
+/// Rows, outputs, depth.
+const SHAPES: [(usize, usize, usize); 9] = [
+    // sentence embedding: 6 layers of 384
+    (16, 1536, 384),
+    (2048, 1152, 384),
+    (2048, 384, 384),
+    (2048, 1536, 384),
+    (2048, 384, 1536),
+    // decoding: layers of 512 and the head
+    (1, 2048, 512),
+    (32, 512, 512),
+    (128, 2048, 512),
+    (128, 32_000, 512),
+];
+
+fn numbers(len: usize) -> Vec<f32> {
+    let key = Key::new(len as u64);
+    (0..len).map(|i| key.uniform(i as u64) as f32 - 0.5).collect()
+}
+
+fn int8(c: &mut Criterion) {
+    let mut group = c.benchmark_group("int8");
+    for (m, n, k) in SHAPES {
+        let (x, bias, mut y) = (numbers(m * k), numbers(n), vec![0.0f32; m * n]);
+        let weights = Int8Rhs::new(&[&Int8Matrix::quantize(&numbers(n * k), n, k).unwrap()]).unwrap();
+        group.throughput(Throughput::Elements((2 * m * n * k) as u64));
+        let plain = Affine { bias: Some(&bias[..]), activation: Identity, dropout: None, residual: None };
+        group.bench_function(format!("{m}x{n}x{k}"), |b| b.iter(|| product(&mut y, &x, &weights, &plain).unwrap()));
+        let gelu = Affine { bias: Some(&bias[..]), activation: Gelu, dropout: None, residual: None };
+        group.bench_function(format!("{m}x{n}x{k} gelu"), |b| b.iter(|| product(&mut y, &x, &weights, &gelu).unwrap()));
+    }
+    group.finish();
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default().sample_size(20).measurement_time(Duration::from_millis(800)).warm_up_time(Duration::from_millis(200));
+    targets = int8
+}
+criterion_main!(benches);
