@@ -1,13 +1,13 @@
 //! Keys and values as a cache keeps them: in pages of a few keys, which sequences with the same beginning share.
 
-use super::product::Packed;
+use super::product::{Packed, copy_columns};
 use super::scores::Piece;
-use crate::kernel;
 use crate::simd::{Buffer, Float, MAX_LANES, prefetch};
 
-/// Pages that are asked for before they are needed, and cache lines of a head's keys and values in each.
+/// Pages that are asked for before they are needed, and numbers of the keys and of the values of one that is full: once it has
+/// begun with it, the CPU sees the pattern.
 const PAGES_AHEAD: usize = 4;
-const LINES_AHEAD: usize = 8;
+const BEGINNING: usize = 32;
 
 /// Numbers of a square.
 const SQUARE: usize = Page::KEYS * Page::KEYS;
@@ -60,7 +60,7 @@ impl Page {
                 for square in keys.chunks_mut(SQUARE) {
                     let mut rows = [T::ZERO; SQUARE];
                     rows.copy_from_slice(square);
-                    transposed(square, Self::KEYS, &rows, Self::KEYS);
+                    copy_columns(square, Self::KEYS, &rows, Self::KEYS, Self::KEYS, Self::KEYS);
                 }
             }
         }
@@ -76,34 +76,6 @@ impl Page {
                 to[..n * Self::KEYS].copy_from_slice(&from[..n * Self::KEYS]);
             }
             to_values[..n * self.width].copy_from_slice(&values[..n * self.width]);
-        }
-    }
-}
-
-kernel! {
-    /// The squares of `keys` transposed: number after number of all keys, `stride` apart; the first `cols` numbers.
-    fn transposed<'a, T>(s: S; to: &'a mut [T], stride: usize, keys: &'a [T], cols: usize) {
-        assert!(keys.len() >= cols.next_multiple_of(Page::KEYS) * Page::KEYS);
-        assert!(cols > 0 && stride >= Page::KEYS && to.len() >= (cols - 1) * stride + Page::KEYS);
-        let (keys, to) = (keys.as_ptr(), to.as_mut_ptr());
-        for col in (0..cols).step_by(S::LANES) {
-            let here = S::LANES.min(cols - col);
-            for key in (0..Page::KEYS).step_by(S::LANES) {
-                // SAFETY: by the assertions there are so many squares, and room for `here` rows.
-                unsafe {
-                    let from = keys.add(col / Page::KEYS * SQUARE + key * Page::KEYS + col % Page::KEYS);
-                    let to = to.add(col * stride + key);
-                    if here == S::LANES {
-                        s.transpose_ptr(from, Page::KEYS, S::LANES, to, stride);
-                        continue;
-                    }
-                    let mut rows = [T::ZERO; MAX_LANES * MAX_LANES];
-                    s.transpose_ptr(from, Page::KEYS, S::LANES, rows.as_mut_ptr(), S::LANES);
-                    for i in 0..here {
-                        s.store_ptr(s.load_ptr(rows.as_ptr().add(i * S::LANES)), to.add(i * stride));
-                    }
-                }
-            }
         }
     }
 }
@@ -129,12 +101,18 @@ impl<'a, T: Float> Cache<'a, T> {
         table.map(move |&number| pages[number][2 * head * half..][..2 * half].split_at(half))
     }
 
-    /// Asks for the beginnings of a slot's first `n` keys and values of a head, which will be needed soon: what decoding reads lies
-    /// in many places. Once it has begun with one of them, the CPU sees the pattern.
+    /// Asks for a slot's first `n` keys and values of a head, which will be needed soon: what decoding reads lies in many places.
     pub(super) fn prefetch(&self, slot: usize, head: usize, n: usize) {
-        let begin = |x: &'a [T]| x.chunks((64 / size_of::<T>()).max(1)).take(LINES_AHEAD);
-        for (keys, values) in self.pages(slot, head, 0).take(n.div_ceil(Page::KEYS).min(PAGES_AHEAD)) {
-            begin(keys).chain(begin(values)).for_each(|line| prefetch(line.as_ptr()));
+        let ask = |x: &'a [T]| x.chunks((64 / size_of::<T>()).max(1)).for_each(|line| prefetch(line.as_ptr()));
+        for ((keys, values), at) in self.pages(slot, head, 0).zip((0..n).step_by(Page::KEYS)).take(PAGES_AHEAD) {
+            let here = Page::KEYS.min(n - at);
+            if here == Page::KEYS {
+                ask(&keys[..BEGINNING]);
+                ask(&values[..BEGINNING]);
+            } else {
+                keys.chunks(SQUARE).for_each(|square| ask(&square[..here * Page::KEYS]));
+                ask(&values[..here * self.page.width]);
+            }
         }
     }
 
@@ -154,7 +132,10 @@ impl<'a, T: Float> Cache<'a, T> {
         let Page { head_dim: d, width, .. } = self.page;
         let (full, finite) = ((all - first) / Page::KEYS, self.finite);
         if let Some((keys, _)) = self.pages(slot, head, first).nth(full).filter(|_| full * Page::KEYS < n) {
-            transposed(to, Page::KEYS, keys, d);
+            let here = n - full * Page::KEYS;
+            for ((to, square), at) in to.chunks_mut(SQUARE).zip(keys.chunks(SQUARE)).zip((0..d).step_by(Page::KEYS)) {
+                copy_columns(to, Page::KEYS, square, Page::KEYS, here, Page::KEYS.min(d - at));
+            }
         }
         let to = &*to;
         self.pages(slot, head, first).zip((0..n).step_by(Page::KEYS)).enumerate().map(

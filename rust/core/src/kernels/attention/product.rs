@@ -118,7 +118,8 @@ kernel! {
 }
 
 kernel! {
-    fn copy_columns<'a, T>(s: S; to: &'a mut [T], stride: usize, from: &'a [T], from_stride: usize, rows: usize, cols: usize) {
+    /// `cols` rows of `to`, `stride` apart: the columns of `rows` rows, `from_stride` apart in `from`, and anything to the end of a vector.
+    pub(super) fn copy_columns<'a, T>(s: S; to: &'a mut [T], stride: usize, from: &'a [T], from_stride: usize, rows: usize, cols: usize) {
         let whole = rows.next_multiple_of(S::LANES);
         assert!(whole <= stride && (cols == 0 || (cols - 1) * stride + whole <= to.len()));
         assert!(rows == 0 || cols == 0 || (rows - 1) * from_stride + cols <= from.len());
