@@ -114,7 +114,7 @@ impl Drop for Closing {
 fn open<R>(threads: usize, poll: Option<&dyn Fn() -> bool>, body: impl FnOnce() -> Result<R>) -> Result<R> {
     let borrowed = pool::borrow(threads - 1)?;
     let team = borrowed.as_ref().and_then(|pool| pool.as_ref()).map(|pool| {
-        let team = Arc::new(Team::new(threads > pool::available()));
+        let team = Arc::new(Team::new(threads, threads > pool::available()));
         let theirs = Arc::clone(&team);
         // No scope around it: that would wait, at the end, for a worker that the system has not even run yet (0.4 µs
         // against 15–25 µs per section on a busy machine). A worker that comes too late finds its team closed.
@@ -122,7 +122,7 @@ fn open<R>(threads: usize, poll: Option<&dyn Fn() -> bool>, body: impl FnOnce() 
             if worker.index() < threads - 1 {
                 let _place = Visit::to(Place::Task);
                 let _environment = Environment::enter();
-                theirs.serve();
+                theirs.serve(worker.index() + 1);
             }
         });
         Closing(team)

@@ -107,7 +107,9 @@ impl<T: Float> Inputs<'_, T> {
         let scratch = scratch.next_multiple_of(MAX_LANES);
         let grain = GRAIN / self.heads.head_dim.max(1);
         // The longest first: no thread is left with one at the end.
-        if !items.is_sorted_by_key(|item| Reverse(item.pairs(self))) {
+        let unequal = items.first().map(|item| item.pairs(self)) != items.last().map(|item| item.pairs(self))
+            || !items.is_sorted_by_key(|item| Reverse(item.pairs(self)));
+        if unequal {
             items.sort_by_cached_key(|item| Reverse(item.pairs(self)));
         }
         let mut tasks: Vec<Range<usize>> = Vec::new();
@@ -124,6 +126,11 @@ impl<T: Float> Inputs<'_, T> {
                 }
             }
             filled += ITEM + item.pairs(self);
+        }
+        if unequal {
+            // Every thread's share begins with long ones.
+            let shares = threads::num_threads();
+            tasks = (0..shares).flat_map(|first| tasks.iter().skip(first).step_by(shares).cloned()).collect();
         }
         each_task(tasks.len(), scratch, |task, scratch| {
             let mut items = items[tasks[task].clone()].iter().peekable();

@@ -275,9 +275,7 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
                         if in_tasks {
                             pack_part(r.clone());
                         }
-                        // Tasks are taken in turn: the thread that has this one will likely have the one `workers` further on.
-                        let then = (index + workers < grid.tasks()).then(|| grid.block(index + workers).1.start);
-                        let neighbours = Neighbours { first: index < workers, then };
+                        let neighbours = Neighbours::of(index, grid.tasks(), workers, |next| grid.block(next).1.start);
                         multiply::<T, F::Packed>(slab, r.clone(), c.clone(), neighbours);
                         if last {
                             finish(epilogue, out, shift(r, rows.start), shift(c, cols.start));
@@ -438,11 +436,19 @@ unsafe impl<T: Send + Sync> Sync for Slab<T> {}
 
 /// What a task knows of those that its thread has before and after it.
 #[derive(Clone, Copy)]
-struct Neighbours {
+pub(super) struct Neighbours {
     /// There was none before it: nobody asked for its first panels.
-    first: bool,
-    /// The first column of the one after it, if there is one.
-    then: Option<usize>,
+    pub first: bool,
+    /// The first column, or panel, of the one after it, if there is one.
+    pub then: Option<usize>,
+}
+
+impl Neighbours {
+    /// Those of task `index`; `start` gives where a task begins.
+    pub fn of(index: usize, tasks: usize, workers: usize, start: impl Fn(usize) -> usize) -> Self {
+        let share = threads::share_of(index, tasks, workers);
+        Neighbours { first: index == share.start, then: (index + 1 < share.end).then(|| start(index + 1)) }
+    }
 }
 
 kernel! {

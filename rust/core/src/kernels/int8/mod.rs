@@ -13,7 +13,7 @@ mod tests;
 pub use pack::Int8Rhs;
 pub use quantize::{Int8Matrix, quantize_rows};
 
-use super::gemm::{Epilogue, stash};
+use super::gemm::{Epilogue, Neighbours, stash};
 use crate::error::Result;
 use crate::simd::bytes::{Bytes, Multiplier, Operands, PANEL, Products, STEP, Sums, WIDTH};
 use crate::simd::{Float, Kernel, MAX_LANES, Simd, prefetch};
@@ -97,9 +97,7 @@ fn run<T: Float, E: Epilogue<T>>(
         let x = Rows { q, stride, sums, scales };
         let task = |index: usize| {
             let (rows, panels) = grid.block(index);
-            // Tasks are taken in turn: the thread that has this one will likely have the one `workers` further on.
-            let then = (index + workers < grid.tasks()).then(|| grid.block(index + workers).1.start);
-            let neighbours = Neighbours { first: index < workers, then };
+            let neighbours = Neighbours::of(index, grid.tasks(), workers, |next| grid.block(next).1.start);
             SCRATCH.with_borrow_mut(|scratch| {
                 block(bytes, scratch, &out, x, w, epilogue, (rows, panels), neighbours);
             });
@@ -169,15 +167,6 @@ impl Grid {
 thread_local! {
     /// What tiles leave on the way to y; to zero it for each task takes as long as a small tile.
     static SCRATCH: RefCell<(Products, Sums)> = const { RefCell::new((Products::ZERO, Sums::ZERO)) };
-}
-
-/// What a task knows of those that its thread has before and after it.
-#[derive(Clone, Copy)]
-struct Neighbours {
-    /// There was none before it: nobody asked for its first panels.
-    first: bool,
-    /// The first panel of the one after it, if there is one.
-    then: Option<usize>,
 }
 
 /// Some rows times some panels.
