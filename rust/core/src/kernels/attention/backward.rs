@@ -56,7 +56,7 @@ pub fn attention_backward<T: Float>(
     row_sums(d, saved, &inputs.heads)?;
     let Gradients { dq, dk, dv } = gradients;
     let pass = |items, dq: Option<&Out<'_, T>>, dk: Option<&Out<'_, T>>, dv: Option<&Out<'_, T>>| {
-        inputs.run(items, scratch(inputs).iter().sum(), |item, scratch| {
+        inputs.run(items, scratch(inputs).iter().sum(), |item, _, scratch| {
             Walk { inputs, saved, d, scratch }.run(item, Sink::Inputs { dq, dk, dv });
         })
     };

@@ -4,11 +4,6 @@ use super::product::{Packed, copy_columns};
 use super::scores::Piece;
 use crate::simd::{Buffer, Float, MAX_LANES, prefetch};
 
-/// Pages that are asked for before they are needed, and numbers of the keys and of the values of one that is full: once it has
-/// begun with it, the CPU sees the pattern.
-const PAGES_AHEAD: usize = 4;
-const BEGINNING: usize = 32;
-
 /// Numbers of a square.
 const SQUARE: usize = Page::KEYS * Page::KEYS;
 
@@ -97,27 +92,24 @@ impl<'a, T: Float> Cache<'a, T> {
     /// Keys and values of a head in the pages of a slot from key `first` on, which begins one.
     fn pages(&self, slot: usize, head: usize, first: usize) -> impl Iterator<Item = (&'a [T], &'a [T])> + use<'a, T> {
         let (pages, half) = (self.pages, self.page.half());
-        let table = self.tables[slot][first / Page::KEYS..].iter();
+        let table = self.tables[slot].iter().skip(first / Page::KEYS);
         table.map(move |&number| pages[number][2 * head * half..][..2 * half].split_at(half))
     }
 
-    /// Asks for a slot's first `n` keys and values of a head, which will be needed soon: what decoding reads lies in many places.
+    /// Asks for the keys of a head that stand in a page which is not full, of a slot with `n` keys, for they will be needed soon.
     pub(super) fn prefetch(&self, slot: usize, head: usize, n: usize) {
-        let ask = |x: &'a [T]| x.chunks((64 / size_of::<T>()).max(1)).for_each(|line| prefetch(line.as_ptr()));
-        for ((keys, values), at) in self.pages(slot, head, 0).zip((0..n).step_by(Page::KEYS)).take(PAGES_AHEAD) {
-            let here = Page::KEYS.min(n - at);
-            if here == Page::KEYS {
-                ask(&keys[..BEGINNING]);
-                ask(&values[..BEGINNING]);
-            } else {
-                keys.chunks(SQUARE).for_each(|square| ask(&square[..here * Page::KEYS]));
-                ask(&values[..here * self.page.width]);
+        let begun = n % Page::KEYS;
+        if let Some((keys, _)) = self.pages(slot, head, n - begun).next().filter(|_| begun > 0) {
+            for square in keys.chunks(SQUARE) {
+                let lines = square[..begun * Page::KEYS].chunks((64 / size_of::<T>()).max(1));
+                lines.for_each(|line| prefetch(line.as_ptr()));
             }
         }
     }
 
     /// `n` keys and values of a head from key `first` on, which begins a page, of a slot that has `all`: page by page where they
-    /// lie, but for the keys of a page that is not full, which are transposed into `to`.
+    /// lie, but for the keys of a page that is not full, which are transposed into `to`. `next` are the slot and head whose
+    /// turn it is then.
     pub(super) fn pieces<'b>(
         &self,
         to: &'b mut [T],
@@ -125,6 +117,7 @@ impl<'a, T: Float> Cache<'a, T> {
         head: usize,
         first: usize,
         n: usize,
+        next: Option<(usize, usize)>,
     ) -> impl Iterator<Item = Piece<'b, T>>
     where
         'a: 'b,
@@ -138,15 +131,17 @@ impl<'a, T: Float> Cache<'a, T> {
             }
         }
         let to = &*to;
+        let mut next = next.into_iter().flat_map({
+            let cache = *self;
+            move |(slot, head)| cache.pages(slot, head, first)
+        });
         self.pages(slot, head, first).zip((0..n).step_by(Page::KEYS)).enumerate().map(
             move |(i, ((keys, values), at))| {
                 let here = Page::KEYS.min(n - at);
-                Piece {
-                    at,
-                    keys: here,
-                    kt: Packed::new(if i < full { keys } else { to }, d, here, Page::KEYS, true),
-                    v: Packed::new(values, here, d, width, finite),
-                }
+                let (next_keys, next_values) = next.next().unzip();
+                let kt = Packed::new(if i < full { keys } else { to }, d, here, Page::KEYS, true);
+                let v = Packed::new(values, here, d, width, finite);
+                Piece { at, keys: here, kt: kt.before(next_keys.filter(|_| i < full)), v: v.before(next_values) }
             },
         )
     }

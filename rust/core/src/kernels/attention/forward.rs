@@ -17,8 +17,8 @@ pub fn attention_forward<T: Float>(out: &mut [T], lse: Option<&mut [T]>, inputs:
     let lse = lse.map(|lse| Out::new(lse, n_heads));
     let items = inputs.by_queries();
     let rows = items.iter().map(|item| item.heads.len() * item.queries.len()).max().unwrap_or(0);
-    inputs.run(items, scratch(head_dim, rows).iter().sum(), |item, scratch| {
-        forward_item(&out, lse.as_ref(), inputs, item, scratch);
+    inputs.run(items, scratch(head_dim, rows).iter().sum(), |item, next, scratch| {
+        forward_item(&out, lse.as_ref(), inputs, item, next, scratch);
     })
 }
 
@@ -33,12 +33,17 @@ fn forward_item<T: Float>(
     lse: Option<&Out<'_, T>>,
     inputs: &Inputs<'_, T>,
     item: &Item,
+    next: Option<&Item>,
     scratch: &mut [T],
 ) {
     let Inputs { heads, q, k, v, cache, sequences, masks } = *inputs;
     let Item { sequence: index, queries, blocks, .. } = item.clone();
     let Heads { n_heads, head_dim, .. } = heads;
     let (sequence, kv_head) = (sequences[index], item.heads.start / heads.group());
+    let next = next.map(|next| (sequences[next.sequence], next.heads.start / heads.group()));
+    if let (Some((next, kv_head)), Some(cache)) = (next, cache) {
+        cache.prefetch(next.key, kv_head, next.keys);
+    }
 
     let rows = item.heads.len() * queries.len();
     let [kt, v_rows, x, q_rows, y, maximum, sum] = split(scratch, self::scratch(head_dim, rows));
@@ -56,7 +61,10 @@ fn forward_item<T: Float>(
         let m = block * KEYS;
         let keys = KEYS.min(masks.visible(&sequence, queries.end - 1) - m);
         let pieces: Vec<_> = match cache {
-            Some(cache) => cache.pieces(kt, (sequence.key, sequence.keys), kv_head, m, keys).collect(),
+            Some(cache) => {
+                let next = next.map(|(next, kv_head)| (next.key, kv_head));
+                cache.pieces(kt, (sequence.key, sequence.keys), kv_head, m, keys, next).collect()
+            }
             None => {
                 let key = sequence.key + m;
                 let kt = pack_transposed(kt, k.at(key, kv_head, head_dim), k.stride, keys, head_dim);
@@ -134,7 +142,7 @@ pub fn attention_weights<T: Float>(weights: &mut [T], lse: &[T], inputs: &Inputs
         })
         .collect();
     let parts = [packed_len(head_dim, KEYS), packed_len(QUERIES, head_dim), BLOCK];
-    inputs.run(inputs.by_queries(), parts.iter().sum(), |item, scratch| {
+    inputs.run(inputs.by_queries(), parts.iter().sum(), |item, _, scratch| {
         let Item { sequence: index, queries, blocks, .. } = item.clone();
         let Inputs { heads, q, k, cache, sequences, masks, .. } = *inputs;
         let (sequence, kv_head) = (sequences[index], item.heads.start / heads.group());
@@ -144,7 +152,7 @@ pub fn attention_weights<T: Float>(weights: &mut [T], lse: &[T], inputs: &Inputs
             let keys = KEYS.min(masks.visible(&sequence, queries.end - 1) - m);
             let keys_of: Vec<_> = match cache {
                 Some(cache) => {
-                    let pieces = cache.pieces(kt, (sequence.key, sequence.keys), kv_head, m, keys);
+                    let pieces = cache.pieces(kt, (sequence.key, sequence.keys), kv_head, m, keys, None);
                     pieces.map(|piece| (piece.at, piece.keys, piece.kt)).collect()
                 }
                 None => {

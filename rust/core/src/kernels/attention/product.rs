@@ -8,7 +8,7 @@
 use super::Out;
 use crate::kernel;
 use crate::kernels::gemm::opaque;
-use crate::simd::{Float, MAX_LANES, Simd};
+use crate::simd::{Float, MAX_LANES, Simd, prefetch};
 
 /// The left factor, read through two strides: element (i, p) is `data[i * row + p * col]`.
 #[derive(Clone, Copy)]
@@ -28,12 +28,19 @@ pub(super) struct Packed<'a, T> {
     stride: usize,
     /// No infinity and no NaN inside.
     finite: bool,
+    /// What comes next and lies in the same way: asked for, line by line, as this one is read.
+    next: Option<&'a [T]>,
 }
 
 impl<'a, T> Packed<'a, T> {
     /// What lies so already.
     pub fn new(data: &'a [T], rows: usize, cols: usize, stride: usize, finite: bool) -> Self {
-        Packed { data, rows, cols, stride, finite }
+        Packed { data, rows, cols, stride, finite, next: None }
+    }
+
+    /// The same, with what comes next.
+    pub fn before(self, next: Option<&'a [T]>) -> Self {
+        Packed { next, ..self }
     }
 
     /// From row `first` on.
@@ -84,7 +91,7 @@ pub(super) fn pack<'a, T: Float>(
     factor: T,
 ) -> Packed<'a, T> {
     let finite = copy_rows(to, from, from_stride, rows, cols, factor);
-    Packed { data: to, rows, cols, stride: stride(cols), finite }
+    Packed::new(to, rows, cols, stride(cols), finite)
 }
 
 /// The transposed matrix: `cols` rows and `rows` columns; those behind, to the end of a vector, hold anything. Its numbers
@@ -97,7 +104,7 @@ pub(super) fn pack_transposed<'a, T: Float>(
     cols: usize,
 ) -> Packed<'a, T> {
     copy_columns(to, stride(rows), from, from_stride, rows, cols);
-    Packed { data: to, rows: cols, cols: rows, stride: stride(rows), finite: true }
+    Packed::new(to, cols, rows, stride(rows), true)
 }
 
 kernel! {
@@ -165,6 +172,7 @@ kernel! {
         assert!(n <= b.cols && k <= b.rows && whole <= b.stride);
         assert!(k == 0 || (k - 1) * b.stride + whole <= b.data.len());
         let rows = if b.finite { ROWS } else { 1 };
+        let next = b.next.filter(|_| m <= rows); // once is enough
         for panel in (0..n).step_by(wide::<T, S>() * S::LANES) {
             let vectors = (n - panel).div_ceil(S::LANES).min(wide::<T, S>());
             for i in (0..m).step_by(rows) {
@@ -173,6 +181,7 @@ kernel! {
                     Tile {
                         a: (a.data.as_ptr().add(i * a.row), a.row, a.col),
                         b: (b.data.as_ptr().add(panel), b.stride),
+                        next: next.map(|next| next.as_ptr().wrapping_add(panel)),
                         c: (c.as_mut_ptr().add(i * c_row + panel), c_row),
                         k,
                         start: if let Start::Scaled(factors) = start { Start::Scaled(&factors[i..m]) } else { start },
@@ -199,6 +208,7 @@ kernel! {
 struct Tile<'a, T> {
     a: (*const T, usize, usize),
     b: (*const T, usize),
+    next: Option<*const T>,
     c: (*mut T, usize),
     k: usize,
     start: Start<'a, T>,
@@ -208,7 +218,7 @@ struct Tile<'a, T> {
 #[allow(clippy::needless_range_loop)]
 impl<T: Float> Tile<'_, T> {
     /// # Safety
-    /// As for `run`.
+    /// As for `tile`.
     #[inline(always)]
     unsafe fn columns<S: Simd<T>, const M: usize, const SKIP: bool>(&self, s: S, vectors: usize) {
         // SAFETY: the caller's promise.
@@ -224,13 +234,31 @@ impl<T: Float> Tile<'_, T> {
         }
     }
 
-    /// `M` rows and `N` vectors of columns. With `SKIP`, terms whose left factor is zero are left out.
+    /// # Safety
+    /// As for `tile`.
+    #[inline(always)]
+    unsafe fn run<S: Simd<T>, const M: usize, const N: usize, const SKIP: bool>(&self, s: S) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.next {
+                Some(next) => self.tile::<S, M, N, SKIP, true>(s, next),
+                None => self.tile::<S, M, N, SKIP, false>(s, self.b.0),
+            }
+        }
+    }
+
+    /// `M` rows and `N` vectors of columns. With `SKIP`, terms whose left factor is zero are left out; with `ASK`, what lies at
+    /// `next` is asked for.
     ///
     /// # Safety
     /// A is readable for M rows and k columns, B for k rows of N vectors, C valid for M rows of N vectors.
     #[inline(always)]
-    unsafe fn run<S: Simd<T>, const M: usize, const N: usize, const SKIP: bool>(&self, s: S) {
-        let Tile { a: (a, a_row, a_col), b: (mut b, b_row), c: (c, c_row), k, start } = *self;
+    unsafe fn tile<S: Simd<T>, const M: usize, const N: usize, const SKIP: bool, const ASK: bool>(
+        &self,
+        s: S,
+        mut next: *const T,
+    ) {
+        let Tile { a: (a, a_row, a_col), b: (mut b, b_row), c: (c, c_row), k, start, .. } = *self;
         let mut sum = [[s.zero(); N]; M];
         // SAFETY: the caller's promise.
         unsafe {
@@ -254,15 +282,18 @@ impl<T: Float> Tile<'_, T> {
                 let mut row = [s.zero(); N];
                 for v in 0..N {
                     row[v] = s.load_ptr(b.add(v * S::LANES));
+                    if ASK {
+                        prefetch(next.wrapping_add(v * S::LANES));
+                    }
                 }
                 for i in 0..M {
                     let x = s.splat(*a[i].add(step));
                     for v in 0..N {
-                        let next = s.mul_add(x, row[v], sum[i][v]);
-                        sum[i][v] = if SKIP { s.select(s.eq(x, s.zero()), sum[i][v], next) } else { next };
+                        let more = s.mul_add(x, row[v], sum[i][v]);
+                        sum[i][v] = if SKIP { s.select(s.eq(x, s.zero()), sum[i][v], more) } else { more };
                     }
                 }
-                b = b.wrapping_add(b_row);
+                (b, next) = (b.wrapping_add(b_row), next.wrapping_add(b_row));
                 step += a_col;
             }
             for i in 0..M {

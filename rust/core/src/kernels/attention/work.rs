@@ -96,12 +96,13 @@ impl<T: Float> Inputs<'_, T> {
         self.by_heads().into_iter().flat_map(split).collect()
     }
 
-    /// Runs `work` on every item, each with `scratch` numbers of its own; small items share a task.
+    /// Runs `work` on every item, and tells it the next one of the task, with `scratch` numbers of its own; small items share a
+    /// task.
     pub(super) fn run(
         &self,
         mut items: Vec<Item>,
         scratch: usize,
-        work: impl Fn(&Item, &mut [T]) + Sync,
+        work: impl Fn(&Item, Option<&Item>, &mut [T]) + Sync,
     ) -> Result<()> {
         // Every task's scratch begins on a cache line, like that of the first.
         let scratch = scratch.next_multiple_of(MAX_LANES);
@@ -133,13 +134,9 @@ impl<T: Float> Inputs<'_, T> {
             tasks = (0..shares).flat_map(|first| tasks.iter().skip(first).step_by(shares).cloned()).collect();
         }
         each_task(tasks.len(), scratch, |task, scratch| {
-            let mut items = items[tasks[task].clone()].iter().peekable();
-            while let Some(item) = items.next() {
-                if let (Some(next), Some(cache)) = (items.peek(), &self.cache) {
-                    let sequence = &self.sequences[next.sequence];
-                    cache.prefetch(sequence.key, next.heads.start / self.heads.group(), sequence.keys);
-                }
-                work(item, scratch);
+            let items = &items[tasks[task].clone()];
+            for (i, item) in items.iter().enumerate() {
+                work(item, items.get(i + 1), scratch);
             }
         })
     }
