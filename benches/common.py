@@ -3,8 +3,9 @@
 How a comparison is kept fair:
 - Each side lives in a process of its own, because two thread pools in one process disturb each other: OpenMP's threads go on spinning after their
   work, on the very cores that the other side is about to use. Only one process has work at any time; the others sleep on a pipe.
-- The sides take turns, A B A B. A turn is as many steps as fit into about a quarter of a second, at least one, so that waking up does not count. A
-  turn's time is divided by its steps; what is reported is the median over the turns, and the spread.
+- The sides take turns, A B A B, with a pause between them: the threads of ONNX Runtime spin for 30 ms after their work, PyTorch's and CTranslate2's for
+  10, and a turn that begins at once loses up to a twelfth to them. A turn is as many steps as fit into about a quarter of a second, at least one, so
+  that waking up does not count. A turn's time is divided by its steps; what is reported is the median over the turns, and the spread.
 - Both get the same numbers and as many threads.
 """
 
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 TURN_SECONDS = 0.25
+PAUSE_SECONDS = 0.05
 WARM_UPS = 3
 
 Row = dict[str, Any]
@@ -122,6 +124,7 @@ class Player:
         self.pipe.send((steps, self.case))
 
     def turn(self) -> None:
+        time.sleep(PAUSE_SECONDS)
         seconds, self.number, faults = self.play(self.steps)
         self.times.append(seconds / self.steps)
         self.faults.append(faults)
