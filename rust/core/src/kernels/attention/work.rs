@@ -13,6 +13,8 @@ use std::sync::{Mutex, PoisonError};
 const CHUNK: usize = 576;
 /// Multiply-adds of a task that is worth handing out.
 const GRAIN: usize = 1 << 18;
+/// As many times longer are tasks of items of one sequence.
+const TOGETHER: usize = 4;
 /// Pairs that take as long as an item without any: the step of a decoding has items of one query.
 const ITEM: usize = 128;
 /// Multiply-adds per product of a task that is long enough: some 15 ms of the five products of the backward pass.
@@ -107,10 +109,9 @@ impl<T: Float> Inputs<'_, T> {
         // Every task's scratch begins on a cache line, like that of the first.
         let scratch = scratch.next_multiple_of(MAX_LANES);
         let grain = GRAIN / self.heads.head_dim.max(1);
-        // The longest first: no thread is left with one at the end.
-        let unequal = items.first().map(|item| item.pairs(self)) != items.last().map(|item| item.pairs(self))
-            || !items.is_sorted_by_key(|item| Reverse(item.pairs(self)));
-        if unequal {
+        // The longest first, if some are: no thread is left with one at the end. Short ones share tasks, which are much alike.
+        let long = items.iter().any(|item| item.pairs(self) > TOGETHER * grain);
+        if long {
             items.sort_by_cached_key(|item| Reverse(item.pairs(self)));
         }
         let mut tasks: Vec<Range<usize>> = Vec::new();
@@ -120,7 +121,7 @@ impl<T: Float> Inputs<'_, T> {
             // Heads of a sequence lie beside each other: threads that share its rows wait for each other's cache lines.
             let together = before.replace(item.sequence) == Some(item.sequence);
             match tasks.last_mut() {
-                Some(task) if filled < if together { 4 * grain } else { grain } => task.end = i + 1,
+                Some(task) if filled < if together { TOGETHER * grain } else { grain } => task.end = i + 1,
                 _ => {
                     tasks.push(i..i + 1);
                     filled = 0;
@@ -128,7 +129,7 @@ impl<T: Float> Inputs<'_, T> {
             }
             filled += ITEM + item.pairs(self);
         }
-        if unequal {
+        if long {
             // Every thread's share begins with long ones.
             let shares = threads::num_threads();
             tasks = (0..shares).flat_map(|first| tasks.iter().skip(first).step_by(shares).cloned()).collect();
