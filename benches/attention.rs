@@ -1,7 +1,10 @@
 //! Attention by itself, forward and backward, in useful FLOPs per second (four and ten for every pair of a query and a key that it
 //! may see, times the width): `cargo bench -p transformer_core --bench attention`. `make bench` compares it with PyTorch's.
 
+mod numbers;
+
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use numbers::numbers;
 use std::time::Duration;
 use transformer_core::kernels::attention::{
     Gradients, Heads, Inputs, Masks, Operand, Out, Saved, Sequence, attention_backward, attention_forward,
@@ -12,11 +15,6 @@ use transformer_core::threads::section;
 /// Sequences, heads and length; the width is always 64.
 const SHAPES: [(usize, usize, usize); 3] = [(64, 4, 24), (8, 8, 128), (1, 8, 1024)];
 const HEAD_DIM: usize = 64;
-
-fn numbers(n: usize, seed: u64) -> Vec<f32> {
-    let key = Key::new(seed);
-    (0..n).map(|i| key.uniform(i as u64) as f32 - 0.5).collect()
-}
 
 fn attention(c: &mut Criterion) {
     let mut group = c.benchmark_group("attention");

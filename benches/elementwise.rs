@@ -1,6 +1,9 @@
 //! Rows at a time, in GB/s of the numbers that must be read and written: `cargo bench -p transformer_core --bench elementwise`.
 
+mod numbers;
+
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use numbers::numbers;
 use std::time::Duration;
 use transformer_core::error::Result;
 use transformer_core::kernels::Beta;
@@ -18,18 +21,13 @@ const SHAPES: [(usize, usize); 2] = [(2048, 512), (128, 512)];
 /// Rows and vocabulary of one chunk of logits.
 const LOGITS: (usize, usize) = (256, 16_000);
 
-fn numbers(n: usize) -> Vec<f32> {
-    let key = Key::new(n as u64);
-    (0..n).map(|i| key.uniform(i as u64) as f32 - 0.5).collect()
-}
-
 fn elementwise(c: &mut Criterion) {
     let mut group = c.benchmark_group("elementwise");
     for (rows, cols) in SHAPES {
         let n = rows * cols;
-        let (x, y, w) = (numbers(n), numbers(n), numbers(cols));
-        let (mut z, mut mean, mut rstd) = (numbers(n), numbers(rows), numbers(rows));
-        let mut partials = numbers(partial_rows(rows) * 2 * cols);
+        let (x, y, w) = (numbers(n, 1), numbers(n, 2), numbers(cols, 3));
+        let (mut z, mut mean, mut rstd) = (numbers(n, 4), numbers(rows, 5), numbers(rows, 6));
+        let mut partials = numbers(partial_rows(rows) * 2 * cols, 7);
         let dropout = Dropout::new(Key::new(1), 0.1);
         // `passes`: how often all the numbers cross from or to memory, at least.
         let mut run = |name: &str, passes: usize, job: &mut dyn FnMut() -> Result<()>| {
@@ -63,7 +61,7 @@ fn elementwise(c: &mut Criterion) {
         run("sum of squares", 1, &mut || sum_of_squares(std::iter::once(&x[..])).map(|_| ()));
     }
     let (rows, cols) = LOGITS;
-    let (mut logits, mut losses) = (numbers(rows * cols), vec![RowLoss::default(); rows]);
+    let (mut logits, mut losses) = (numbers(rows * cols, 8), vec![RowLoss::default(); rows]);
     let targets: Vec<u32> = (0..rows as u32).collect();
     for (name, passes, gradient) in [("cross-entropy", 1, None), ("cross-entropy and gradient", 2, Some(1.0))] {
         group.throughput(Throughput::Bytes((passes * rows * cols * 4) as u64));

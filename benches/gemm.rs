@@ -2,6 +2,9 @@
 //! `cargo bench --bench gemm -- THREADS`. All three take turns, so that a busy machine disturbs them alike; a cell is the
 //! fast quartile of its rounds.
 
+mod numbers;
+
+use numbers::numbers;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -9,7 +12,6 @@ use gemm_common::Parallelism;
 use transformer_core::kernel;
 use transformer_core::kernels::Beta;
 use transformer_core::kernels::gemm::{Mat, MatMut, NoEpilogue, PackedRhs, Rhs, gemm};
-use transformer_core::rng::Key;
 use transformer_core::simd::isa;
 use transformer_core::threads::{parallel, section, set_num_threads};
 
@@ -72,11 +74,6 @@ kernel! {
     }
 }
 
-fn numbers(len: usize) -> Vec<f32> {
-    let key = Key::new(len as u64);
-    (0..len).map(|i| key.uniform(i as u64) as f32 - 0.5).collect()
-}
-
 /// Floating-point operations per nanosecond.
 fn rate(work: impl FnOnce() -> f64) -> f64 {
     let start = Instant::now();
@@ -98,7 +95,7 @@ fn main() {
         "M", "N", "K", "peak", "ours", "crate", "of peak", "of crate"
     );
     for (m, n, k, kind) in SHAPES {
-        let (a, b) = (numbers(m * k), numbers(k * n));
+        let (a, b) = (numbers(m * k, 1), numbers(k * n, 2));
         let (mut c, mut d) = (vec![0.0f32; m * n], vec![0.0f32; m * n]);
         let (left, right) = (kind.starts_with('T'), kind.ends_with('T'));
         let a_mat = if left { Mat::new(&a, k, m).unwrap().t() } else { Mat::new(&a, m, k).unwrap() };

@@ -163,9 +163,11 @@ impl<T: Float> Pool<T> {
         let mut excess = self.bytes().saturating_sub(most);
         for (len, buffers) in self.free.iter_mut().rev() {
             buffers.retain(|buffer| {
-                let keep = excess == 0 || buffer.is_part();
-                excess = if keep { excess } else { excess.saturating_sub(len * size_of::<T>()) };
-                keep
+                let goes = excess > 0 && !buffer.is_part();
+                if goes {
+                    excess = excess.saturating_sub(len * size_of::<T>());
+                }
+                !goes
             });
         }
         if excess > 0 {

@@ -53,8 +53,9 @@ struct Open<'a> {
     environment: Environment,
 }
 
-/// Runs `task(0..tasks)`, each index once, and returns when all are done. Neighbours mostly run on the same thread, and a
-/// part of the tasks on the same one in every region: number them along the rows. Serial and in order when there is one task or one thread, inside another task, or when another thread has the team.
+/// Runs `task(0..tasks)`, each index once, and returns when all are done. Neighbours mostly run on the same thread, and
+/// the same part of the tasks on the same one in every region: number them along the rows. Serial and in order when
+/// there is one task or one thread, inside another task, or when another thread has the team.
 ///
 /// A task writes only what it owns; then no result depends on the number of threads. Tasks should last between a few
 /// microseconds and 20 ms. A panic in a task is returned as [`Error::Internal`], tasks not yet begun are dropped.

@@ -19,6 +19,8 @@ use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
 /// One region: what to run, and the text of the first panic in it.
 struct Job<'a> {
+    /// Its number.
+    region: u64,
     task: &'a (dyn Fn(usize) + Sync),
     tasks: usize,
     /// How many shares they are cut into.
@@ -36,13 +38,14 @@ impl Job<'_> {
 /// The tasks, `index` among them, that one of so many threads takes one after the other, if nobody helps it.
 pub fn share_of(index: usize, tasks: usize, threads: usize) -> Range<usize> {
     let shares = threads.min(MAX_SHARES).min(tasks);
-    let part = (0..shares).map(|i| share(tasks, shares, i)).find(|part| part.contains(&index));
-    part.unwrap_or(index..index + 1)
+    // The last share that begins at `index` or before: start(i) ≤ index means i · tasks < (index + 1) · shares.
+    let i = ((index as u64 + 1) * shares as u64).div_ceil(tasks as u64) - 1;
+    share(tasks, shares, i as usize)
 }
 
 /// Part `i` of 0..`tasks` in so many parts.
 fn share(tasks: usize, shares: usize, i: usize) -> Range<usize> {
-    let start = |i: usize| (i as u128 * tasks as u128 / shares as u128) as usize;
+    let start = |i: usize| (i as u64 * tasks as u64 / shares as u64) as usize; // at most MAX_SHARES · MAX_TASKS
     start(i)..start(i + 1)
 }
 
@@ -67,7 +70,7 @@ pub(super) struct Team {
 }
 
 const CLOSED: u64 = u64::MAX;
-/// No share has more tasks.
+/// No region has more tasks: a share counts them in 32 bits.
 pub(super) const MAX_TASKS: usize = u32::MAX as usize;
 /// More threads than this have shares in common.
 const MAX_SHARES: usize = 64;
@@ -107,12 +110,13 @@ impl Team {
     pub(super) fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync), stop: impl Fn() -> bool) -> Result<()> {
         debug_assert!(0 < tasks && tasks <= MAX_TASKS);
         let Published { region, job: published } = &self.published.0;
-        let job = Job { task, tasks, shares: self.shares.len().min(tasks), panic: OnceLock::new() };
         let number = (region.load(Ordering::Relaxed) + 1) & u64::from(u32::MAX);
+        let shares = self.shares.len().min(tasks);
+        let job = Job { region: number, task, tasks, shares, panic: OnceLock::new() };
         self.done.0.store(0, Ordering::Relaxed);
         published.store((&raw const job).cast::<Job<'static>>().cast_mut(), Ordering::Relaxed);
-        for (i, to) in self.shares[..job.shares].iter().enumerate() {
-            to.0.store(number << 32 | share(tasks, job.shares, i).len() as u64, Ordering::Relaxed);
+        for (i, to) in self.shares[..shares].iter().enumerate() {
+            to.0.store(number << 32 | share(tasks, shares, i).len() as u64, Ordering::Relaxed);
         }
         region.store(number, Ordering::Release);
 
@@ -205,7 +209,7 @@ impl Team {
 
     fn report(&self, job: &Job, payload: Box<dyn Any + Send>) -> Claimed {
         let _ = job.panic.set(panic_text(payload)); // the first one is told
-        self.drop_rest(self.published.0.region.load(Ordering::Relaxed))
+        self.drop_rest(job.region)
     }
 
     fn wait(&self, mut ready: impl FnMut() -> bool) {
@@ -259,7 +263,8 @@ mod tests {
             assert!(parts[0].start == 0 && parts[shares - 1].end == tasks);
             assert!(parts.windows(2).all(|pair| pair[0].end == pair[1].start));
             assert!(parts.iter().all(|part| part.len().abs_diff(tasks / shares) <= 1));
-            assert!(parts.iter().all(|part| share_of(part.start, tasks, shares) == *part));
+            let ends = |part: &Range<usize>| [part.start, part.end - 1];
+            assert!(parts.iter().all(|part| ends(part).iter().all(|&i| share_of(i, tasks, shares) == *part)));
         }
     }
 
@@ -277,7 +282,7 @@ mod tests {
             if i == 0 {
                 // In the place of thread 2, within the region.
                 let number = team.published.0.region.load(Ordering::Relaxed);
-                let job = Job { task: &|_| (), tasks: 7, shares: 3, panic: OnceLock::new() };
+                let job = Job { region: number, task: &|_| (), tasks: 7, shares: 3, panic: OnceLock::new() };
                 let taken: Vec<_> =
                     std::iter::from_fn(|| team.claim(number, 2)).map(|claim| job.index(claim)).collect();
                 assert_eq!(taken, [4, 5, 6, 1, 2, 3]);
