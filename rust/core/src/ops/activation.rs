@@ -34,19 +34,24 @@ pub fn activation<T: Float>(tape: &mut Tape<T>, x: Var, kind: Activation) -> Res
     let (rows, cols) = (tape.value(x)?.rows(), tape.value(x)?.cols());
     let _timed = profile::forward("activation", [cols, 0], || Work::passes::<T>(2, rows, cols));
     let mut y = tape.pool.tensor(rows, cols)?;
-    let values = tape.value(x)?;
-    match kind {
-        Activation::Relu => kernels::activation_forward(kernels::Relu, &mut y, values),
-        Activation::Gelu => kernels::activation_forward(kernels::Gelu, &mut y, values),
-        Activation::GeluTanh => kernels::activation_forward(kernels::GeluTanh, &mut y, values),
-        Activation::Silu => kernels::activation_forward(kernels::Silu, &mut y, values),
-    }?;
+    kind.apply(&mut y, tape.value(x)?)?;
     let wanted = tape.wants_any(&[x]);
     let y = tape.push(y, wanted);
     if wanted {
-        tape.record(y, &[x], Pointwise { x, kind });
+        tape.record_recomputed(y, &[x], Pointwise { x, kind });
     }
     Ok(y)
+}
+
+impl Activation {
+    fn apply<T: Float>(self, y: &mut [T], x: &[T]) -> Result<()> {
+        match self {
+            Activation::Relu => kernels::activation_forward(kernels::Relu, y, x),
+            Activation::Gelu => kernels::activation_forward(kernels::Gelu, y, x),
+            Activation::GeluTanh => kernels::activation_forward(kernels::GeluTanh, y, x),
+            Activation::Silu => kernels::activation_forward(kernels::Silu, y, x),
+        }
+    }
 }
 
 struct Pointwise {
@@ -70,6 +75,14 @@ impl<T: Float> Operation<T> for Pointwise {
         }?;
         cx.give(self.x, dy)
     }
+
+    fn recompute(&self, cx: &mut Backward<'_, T>) -> Result<Tensor<T>> {
+        let x = cx.value(self.x)?;
+        let _timed = profile::backward("activation", [x.cols(), 0], || Work::passes::<T>(2, x.rows(), x.cols()));
+        let mut y = cx.pool.tensor(x.rows(), x.cols())?;
+        self.kind.apply(&mut y, x)?;
+        Ok(y)
+    }
 }
 
 /// y = f(gate) · up, where a row of x is [gate | up]: (R, 2 F) becomes (R, F).
@@ -83,17 +96,22 @@ pub fn gated<T: Float>(tape: &mut Tape<T>, x: Var, gate: Gate) -> Result<Var> {
     let cols = both / 2;
     let _timed = profile::forward("gated", [cols, 0], || Work::passes::<T>(3, rows, cols));
     let mut y = tape.pool.tensor(rows, cols)?;
-    let values = tape.value(x)?;
-    match gate {
-        Gate::Glu => kernels::gated_forward(kernels::Sigmoid, &mut y, values, cols),
-        Gate::Swiglu => kernels::gated_forward(kernels::Silu, &mut y, values, cols),
-    }?;
+    gate.apply(&mut y, tape.value(x)?, cols)?;
     let wanted = tape.wants_any(&[x]);
     let y = tape.push(y, wanted);
     if wanted {
-        tape.record(y, &[x], Gated { x, gate });
+        tape.record_recomputed(y, &[x], Gated { x, gate });
     }
     Ok(y)
+}
+
+impl Gate {
+    fn apply<T: Float>(self, y: &mut [T], x: &[T], cols: usize) -> Result<()> {
+        match self {
+            Gate::Glu => kernels::gated_forward(kernels::Sigmoid, y, x, cols),
+            Gate::Swiglu => kernels::gated_forward(kernels::Silu, y, x, cols),
+        }
+    }
 }
 
 struct Gated {
@@ -116,6 +134,15 @@ impl<T: Float> Operation<T> for Gated {
         }?;
         cx.pool.recycle(dy);
         cx.give(self.x, dx)
+    }
+
+    fn recompute(&self, cx: &mut Backward<'_, T>) -> Result<Tensor<T>> {
+        let x = cx.value(self.x)?;
+        let (rows, cols) = (x.rows(), x.cols() / 2);
+        let _timed = profile::backward("gated", [cols, 0], || Work::passes::<T>(3, rows, cols));
+        let mut y = cx.pool.tensor(rows, cols)?;
+        self.gate.apply(&mut y, x, cols)?;
+        Ok(y)
     }
 }
 

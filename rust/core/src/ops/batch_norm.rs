@@ -1,6 +1,6 @@
 //! Batch norm (Ioffe and Szegedy 2015): every column is normalised over the rows of the batch, which are real tokens only.
 
-use super::{constant_row, expect_shape};
+use super::{GainAndBias, expect_shape, gain_and_bias, neutral};
 use crate::ensure;
 use crate::error::Result;
 use crate::kernels::batch_norm::{batch_norm_backward, batch_norm_forward, batch_norm_sums, squared_deviations};
@@ -85,16 +85,15 @@ pub fn batch_norm<T: Float>(
     }
     rstd.iter_mut().for_each(|var| *var = T::ONE / (*var + T::from_f64(eps)).sqrt());
 
-    let (ones, zeros) = (constant_row(&mut tape.pool, cols, T::ONE)?, constant_row(&mut tape.pool, cols, T::ZERO)?);
-    let w = weight.map_or(&*ones, |id| params.get(id));
-    let b = bias.map_or(&*zeros, |id| params.get(id));
+    let neutral = neutral(&mut tape.pool, cols)?;
+    let [w, b] = gain_and_bias(params, (weight, bias), &neutral);
     let mut y = tape.pool.tensor(rows, cols)?;
     batch_norm_forward(&mut y, tape.value(x)?, &mean, &rstd, w, b)?;
-    tape.pool.recycle(ones);
-    tape.pool.recycle(zeros);
+    neutral.into_iter().for_each(|row| tape.pool.recycle(row));
     let y = tape.push(y, wanted);
     if wanted {
-        tape.record(y, &[x], Node { x, weight, bias, of_batch: evaluates.is_none(), mean, rstd });
+        let node = Node { x, weights: (weight, bias), of_batch: evaluates.is_none(), mean, rstd };
+        tape.record_recomputed(y, &[x], node);
     } else {
         tape.pool.recycle(mean);
         tape.pool.recycle(rstd);
@@ -129,8 +128,7 @@ fn note<T: Float>(tape: &mut Tape<T>, params: &Params<T>, running: Running, rows
 
 struct Node<T> {
     x: Var,
-    weight: Option<ParamId>,
-    bias: Option<ParamId>,
+    weights: GainAndBias,
     /// Whether mean and rstd depend on x.
     of_batch: bool,
     mean: Tensor<T>,
@@ -143,7 +141,7 @@ impl<T: Float> Operation<T> for Node<T> {
     }
 
     fn backward(self: Box<Self>, cx: &mut Backward<'_, T>, dy: Tensor<T>) -> Result<()> {
-        let Node { x: input, weight, bias, of_batch, mean, rstd } = *self;
+        let Node { x: input, weights: (weight, bias), of_batch, mean, rstd } = *self;
         let (x, params) = (cx.value(input)?, cx.params);
         let (rows, cols) = (x.rows(), x.cols());
         let _timed = profile::backward("batch_norm", [cols, 0], || Work::passes::<T>(5, rows, cols));
@@ -160,13 +158,25 @@ impl<T: Float> Operation<T> for Node<T> {
         let share = if of_batch { 1.0 / rows.max(1) as f64 } else { 0.0 };
         scale_assign(&mut sums[..2 * cols], T::from_f64(share))?;
         let (mean_dy_xhat, mean_dy) = sums[..2 * cols].split_at(cols);
-        let ones = constant_row(cx.pool, cols, T::ONE)?;
-        let w = weight.map_or(&*ones, |id| params.get(id));
+        let neutral = neutral(cx.pool, cols)?;
+        let [w, _] = gain_and_bias(params, (weight, bias), &neutral);
         cx.accumulate(input, rows, cols, |dx, beta, _: &mut Pool<T>| {
             batch_norm_backward(dx, beta, &dy, x, &mean, &rstd, w, mean_dy, mean_dy_xhat)
         })?;
-        [dy, mean, rstd, sums, ones].into_iter().for_each(|tensor| cx.pool.recycle(tensor));
+        [dy, mean, rstd, sums].into_iter().chain(neutral).for_each(|tensor| cx.pool.recycle(tensor));
         Ok(())
+    }
+
+    fn recompute(&self, cx: &mut Backward<'_, T>) -> Result<Tensor<T>> {
+        let x = cx.value(self.x)?;
+        let (rows, cols) = (x.rows(), x.cols());
+        let _timed = profile::backward("batch_norm", [cols, 0], || Work::passes::<T>(2, rows, cols));
+        let neutral = neutral(cx.pool, cols)?;
+        let [w, b] = gain_and_bias(cx.params, self.weights, &neutral);
+        let mut y = cx.pool.tensor(rows, cols)?;
+        batch_norm_forward(&mut y, x, &self.mean, &self.rstd, w, b)?;
+        neutral.into_iter().for_each(|row| cx.pool.recycle(row));
+        Ok(y)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Layer norm (Ba, Kiros and Hinton 2016); also the node that the RMS norm shares.
 
-use super::{constant_row, expect_shape};
+use super::{GainAndBias, expect_shape, gain_and_bias, neutral};
 use crate::ensure;
 use crate::error::Result;
 use crate::kernels::Beta;
@@ -43,23 +43,22 @@ pub(super) fn norm<T: Float>(
     }
     let wanted = tape.wants(params, &[x], weight.as_slice()) || tape.wants(params, &[], bias.as_slice());
     let _timed = profile::forward(op, [cols, 0], || Work::passes::<T>(2, rows, cols));
-    let (ones, zeros) = (constant_row(&mut tape.pool, cols, T::ONE)?, constant_row(&mut tape.pool, cols, T::ZERO)?);
+    let neutral = neutral(&mut tape.pool, cols)?;
     let (mut mean, mut rstd) = (tape.pool.tensor(rows, 1)?, tape.pool.tensor(rows, 1)?);
     let mut y = tape.pool.tensor(rows, cols)?;
-    let w = weight.map_or(&*ones, |id| params.get(id));
-    let b = bias.map_or(&*zeros, |id| params.get(id));
+    let [w, b] = gain_and_bias(params, (weight, bias), &neutral);
     norm_forward(norm, &mut y, &mut mean, &mut rstd, tape.value(x)?, w, b, eps)?;
-    tape.pool.recycle(ones);
-    tape.pool.recycle(zeros);
+    neutral.into_iter().for_each(|row| tape.pool.recycle(row));
     let y = tape.push(y, wanted);
     if wanted {
-        tape.record(y, &[x], Node { norm, x, weight, bias, mean, rstd });
+        tape.record_recomputed(y, &[x], Node { norm, x, weights: (weight, bias), eps, mean, rstd });
     } else {
         tape.pool.recycle(mean);
         tape.pool.recycle(rstd);
     }
     Ok(y)
 }
+
 
 fn name(norm: Norm) -> &'static str {
     match norm {
@@ -71,8 +70,8 @@ fn name(norm: Norm) -> &'static str {
 struct Node<T> {
     norm: Norm,
     x: Var,
-    weight: Option<ParamId>,
-    bias: Option<ParamId>,
+    weights: GainAndBias,
+    eps: f64,
     mean: Tensor<T>,
     rstd: Tensor<T>,
 }
@@ -83,14 +82,14 @@ impl<T: Float> Operation<T> for Node<T> {
     }
 
     fn backward(self: Box<Self>, cx: &mut Backward<'_, T>, dy: Tensor<T>) -> Result<()> {
-        let Node { norm, x: input, weight, bias, mean, rstd } = *self;
+        let Node { norm, x: input, weights: (weight, bias), mean, rstd, .. } = *self;
         let (x, params) = (cx.value(input)?, cx.params);
         let (rows, cols) = (x.rows(), x.cols());
         let _timed = profile::backward(name(norm), [cols, 0], || Work::passes::<T>(3, rows, cols));
         let wanted = weight.into_iter().chain(bias).any(|id| cx.wants_param(id));
         let mut partials = cx.pool.tensor(if wanted { partial_rows(rows) } else { 0 }, 2 * cols)?;
-        let ones = constant_row(cx.pool, cols, T::ONE)?;
-        let w = weight.map_or(&*ones, |id| params.get(id));
+        let neutral = neutral(cx.pool, cols)?;
+        let [w, _] = gain_and_bias(params, (weight, bias), &neutral);
         let mut write = |dx: &mut Tensor<T>, beta, _: &mut Pool<T>| {
             norm_backward(norm, dx, beta, &mut partials, &dy, x, w, &mean, &rstd)
         };
@@ -109,8 +108,21 @@ impl<T: Float> Operation<T> for Node<T> {
                 }
             }
         }
-        [dy, mean, rstd, partials, ones].into_iter().for_each(|tensor| cx.pool.recycle(tensor));
+        [dy, mean, rstd, partials].into_iter().chain(neutral).for_each(|tensor| cx.pool.recycle(tensor));
         Ok(())
+    }
+
+    fn recompute(&self, cx: &mut Backward<'_, T>) -> Result<Tensor<T>> {
+        let (x, params) = (cx.value(self.x)?, cx.params);
+        let (rows, cols) = (x.rows(), x.cols());
+        let _timed = profile::backward(name(self.norm), [cols, 0], || Work::passes::<T>(2, rows, cols));
+        let neutral = neutral(cx.pool, cols)?;
+        let (mut mean, mut rstd) = (cx.pool.tensor(rows, 1)?, cx.pool.tensor(rows, 1)?);
+        let mut y = cx.pool.tensor(rows, cols)?;
+        let [w, b] = gain_and_bias(params, self.weights, &neutral);
+        norm_forward(self.norm, &mut y, &mut mean, &mut rstd, x, w, b, self.eps)?;
+        [mean, rstd].into_iter().chain(neutral).for_each(|tensor| cx.pool.recycle(tensor));
+        Ok(y)
     }
 }
 

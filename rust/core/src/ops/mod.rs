@@ -49,11 +49,24 @@ fn expect_shape<T: Float>(params: &Params<T>, op: &str, argument: &str, id: Para
     Ok(())
 }
 
-/// A row of equal numbers, in the place of an absent gain or bias.
-fn constant_row<T: Float>(pool: &mut Pool<T>, cols: usize, value: T) -> Result<Tensor<T>> {
-    let mut row = pool.tensor(1, cols)?;
-    row.fill(value);
-    Ok(row)
+/// What a norm multiplies with and adds, one number a column.
+type GainAndBias = (Option<ParamId>, Option<ParamId>);
+
+/// A row of ones and one of zeros, in the place of an absent gain and an absent bias.
+fn neutral<T: Float>(pool: &mut Pool<T>, cols: usize) -> Result<[Tensor<T>; 2]> {
+    let [mut ones, mut zeros] = [pool.tensor(1, cols)?, pool.tensor(1, cols)?];
+    ones.fill(T::ONE);
+    zeros.fill(T::ZERO);
+    Ok([ones, zeros])
+}
+
+/// The values of gain and bias.
+fn gain_and_bias<'a, T: Float>(
+    params: &'a Params<T>,
+    (gain, bias): GainAndBias,
+    [ones, zeros]: &'a [Tensor<T>; 2],
+) -> [&'a [T]; 2] {
+    [gain.map_or(ones, |id| params.get(id)), bias.map_or(zeros, |id| params.get(id))]
 }
 
 #[cfg(test)]

@@ -157,3 +157,39 @@ fn every_operation_gives_in_f32_what_it_gives_in_f64() {
         Ok(linear_cross_entropy(tape, p, x[0], i[0], Some(i[1]), &ids, 0.1)?.loss)
     });
 }
+
+#[test]
+fn what_is_computed_again_has_the_same_bits() {
+    use super::*;
+    type Apply = fn(&mut Tape<f32>, &Params<f32>, Var, Option<ParamId>) -> Result<Var>;
+    let operations: [(Apply, usize); 9] = [
+        (|tape, _, x, _| activation(tape, x, Activation::Relu), 22),
+        (|tape, _, x, _| activation(tape, x, Activation::Gelu), 22),
+        (|tape, _, x, _| activation(tape, x, Activation::GeluTanh), 22),
+        (|tape, _, x, _| activation(tape, x, Activation::Silu), 22),
+        (|tape, _, x, _| gated(tape, x, Gate::Glu), 11),
+        (|tape, _, x, _| gated(tape, x, Gate::Swiglu), 11),
+        (|tape, params, x, w| layer_norm(tape, params, x, w, w, 1e-5), 22),
+        (|tape, params, x, w| rms_norm(tape, params, x, w, 1e-5), 22),
+        (|tape, params, x, w| batch_norm(tape, params, x, w, w, None, 1e-5), 22),
+    ];
+    for (i, (apply, cols)) in operations.into_iter().enumerate() {
+        let (params, ids) = params::<f32>(&[&[5, cols], &[22]]);
+        for weight in [None, Some(ids[1])] {
+            // A layer of two: in a scope the result of the first is dropped, and the second reads it in its backward.
+            let layer = |tape: &mut Tape<f32>, params: &Params<f32>, x: &[Var], inner: &mut Option<Var>| {
+                let y = apply(tape, params, x[0], weight)?;
+                *inner = Some(y);
+                linear(tape, params, y, &ids[..1], &[])
+            };
+            let kept = run(&params, &[normal(70, 22, 1)], None, |tape, params, x| layer(tape, params, x, &mut None));
+            let dropped = run(&params, &[normal(70, 22, 1)], None, |tape, params, x| {
+                let mut inner = None;
+                let y = tape.scope(|tape| layer(tape, params, x, &mut inner))?;
+                assert!(tape.value(inner.unwrap()).is_err(), "operation {i} keeps its output");
+                Ok(y)
+            });
+            assert_eq!(kept.unwrap(), dropped.unwrap(), "operation {i}");
+        }
+    }
+}

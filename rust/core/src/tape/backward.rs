@@ -15,6 +15,12 @@ pub trait Operation<T: Float>: Send + Sync {
 
     /// Gives every input that wants one its gradient, from `dy`, the gradient of the output.
     fn backward(self: Box<Self>, cx: &mut Backward<'_, T>, dy: Tensor<T>) -> Result<()>;
+
+    /// Computes the output again, the same bits. An operation that is cheap does so instead of having its output kept from the
+    /// forward to the backward pass (Chen and others 2016), and is recorded by [`Tape::record_recomputed`].
+    fn recompute(&self, _cx: &mut Backward<'_, T>) -> Result<Tensor<T>> {
+        bail!(Internal, "{}: its output cannot be computed again", self.name())
+    }
 }
 
 /// What a derivative works with.
@@ -150,6 +156,9 @@ impl<T: Float> Tape<T> {
         }
         while let Some(Node { output, saved, operation }) = self.nodes.pop() {
             if let Some(dy) = dvars[output.index as usize].take() {
+                for &var in &saved {
+                    self.restore(var, params, grads, &mut dvars)?;
+                }
                 let (precision, pool) = (self.precision, &mut self.pool);
                 let mut cx = Backward { slots: &self.slots, dvars: &mut dvars, params, grads, precision, pool };
                 operation.backward(&mut cx, dy)?;
@@ -165,6 +174,25 @@ impl<T: Float> Tape<T> {
             }
         }
         Ok(VarGrads { dvars })
+    }
+
+    /// Computes a value again that was not kept, and before it those that it is made of.
+    fn restore(
+        &mut self,
+        var: Var,
+        params: &Params<T>,
+        grads: &mut Grads<T>,
+        dvars: &mut [Option<Tensor<T>>],
+    ) -> Result<()> {
+        let Slot { value: None, recomputed_by: Some(node), .. } = self.slots[var.index as usize] else { return Ok(()) };
+        for i in 0..self.nodes[node].saved.len() {
+            self.restore(self.nodes[node].saved[i], params, grads, dvars)?;
+        }
+        let (precision, pool) = (self.precision, &mut self.pool);
+        let mut cx = Backward { slots: &self.slots, dvars, params, grads, precision, pool };
+        let value = self.nodes[node].operation.recompute(&mut cx)?;
+        self.slots[var.index as usize].value = Some(value);
+        Ok(())
     }
 }
 

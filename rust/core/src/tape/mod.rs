@@ -39,6 +39,8 @@ struct Slot<T> {
     /// Number of nodes that read the value in their backward.
     saved: u32,
     wants_grad: bool,
+    /// The node that computes the value again for them.
+    recomputed_by: Option<usize>,
 }
 
 struct Node<T: Float> {
@@ -135,7 +137,7 @@ impl<T: Float> Tape<T> {
 
     /// The result of an operation. `wants_grad` comes from [`Tape::wants`]; if true, [`Tape::record`] must follow.
     pub fn push(&mut self, value: Tensor<T>, wants_grad: bool) -> Var {
-        self.slots.push(Slot { value: Some(value), saved: 0, wants_grad });
+        self.slots.push(Slot { value: Some(value), saved: 0, wants_grad, recomputed_by: None });
         Var { index: self.slots.len() as u32 - 1, tape: self.number }
     }
 
@@ -157,6 +159,12 @@ impl<T: Float> Tape<T> {
         self.nodes.push(Node { output, saved: saved.to_vec(), operation: Box::new(operation) });
     }
 
+    /// The same for an operation with an [`Operation::recompute`]: nodes that save `output` do not keep it.
+    pub fn record_recomputed(&mut self, output: Var, saved: &[Var], operation: impl Operation<T> + 'static) {
+        self.slots[output.index as usize].recomputed_by = Some(self.nodes.len());
+        self.record(output, saved, operation);
+    }
+
     /// The value of a variable.
     pub fn value(&self, var: Var) -> Result<&Tensor<T>> {
         match self.slots.get(var.index as usize) {
@@ -174,12 +182,13 @@ impl<T: Float> Tape<T> {
         }
     }
 
-    /// Runs a layer. On leaving, values made inside and saved by no node go back to the pool, except the result.
+    /// Runs a layer. On leaving, values made inside go back to the pool, except the result and what nodes save and cannot
+    /// compute again.
     pub fn scope(&mut self, layer: impl FnOnce(&mut Self) -> Result<Var>) -> Result<Var> {
         let first = self.slots.len();
         let result = layer(self)?;
         for (i, slot) in self.slots.iter_mut().enumerate().skip(first) {
-            if slot.saved == 0
+            if (slot.saved == 0 || slot.recomputed_by.is_some())
                 && i != result.index as usize
                 && let Some(value) = slot.value.take()
             {
