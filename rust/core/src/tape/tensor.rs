@@ -64,27 +64,30 @@ impl<T: Float> DerefMut for Tensor<T> {
 
 /// Buffers that wait to be used again: after the first step of a shape, a step allocates nothing large.
 ///
-/// Backward, gradients of weights take the memory of activations, which have other sizes: what is much longer than asked for
-/// is split. Parts are joined when they come back, so that the next step finds what this one found.
+/// Large ones are cut from blocks and joined again with their neighbours, so that in the backward pass gradients of weights take
+/// the memory of activations, which have other sizes. Small ones stay as they were made.
 #[derive(Debug)]
 pub struct Pool<T> {
-    free: BTreeMap<usize, Vec<Buffer<T>>>,
+    /// No two of them are neighbours.
+    large: Vec<Buffer<T>>,
+    small: BTreeMap<usize, Vec<Buffer<T>>>,
     /// What is left of the last block that small buffers were cut from.
     block: Buffer<T>,
-    /// Numbers of all buffers that were made.
-    made: usize,
+    /// Numbers of all memory that came from the system and was not freed.
+    held: usize,
 }
 
-/// Fewer numbers than this are not worth a buffer of their own.
-const LEAST_PART: usize = 1 << 16;
-/// Numbers of a block: where there are as many in small buffers, these lie side by side on huge pages.
+/// The most numbers of a small buffer; what is left of a large one is longer too.
+const SMALL: usize = 1 << 16;
+/// Numbers of a block of small buffers: where there are as many, these lie side by side on huge pages.
 const BLOCK: usize = 1 << 21;
-/// What lies between them, a cache line of f32, so that they are not joined.
+/// Large buffers have whole pages of f32, and a cache line more: equal places in two of them are not equal places in a page.
+const PAGE: usize = 1 << 10;
 const GAP: usize = 16;
 
 impl<T> Default for Pool<T> {
     fn default() -> Self {
-        Pool { free: BTreeMap::new(), block: Buffer::default(), made: 0 }
+        Pool { large: Vec::new(), small: BTreeMap::new(), block: Buffer::default(), held: 0 }
     }
 }
 
@@ -92,33 +95,45 @@ impl<T: Float> Pool<T> {
     /// A matrix whose contents are unspecified: whoever asks writes every element.
     pub fn tensor(&mut self, rows: usize, cols: usize) -> Result<Tensor<T>> {
         let n = rows * cols;
-        // A little slack lets ragged batches share buffers; a lot of it would waste memory.
-        let class = size_class(n);
-        let longest = class.saturating_mul(if class >= LEAST_PART { 4 } else { 2 });
-        let found = self.free.range_mut(class..=longest).find_map(|(_, buffers)| buffers.pop());
-        let mut buffer = match found {
-            Some(buffer) => buffer,
-            None => self.make(class)?,
-        };
-        if buffer.len() - class >= LEAST_PART {
-            let rest = buffer.split_off(class);
-            self.keep(rest);
-        }
+        let buffer = if n <= SMALL { self.small(size_class(n)) } else { self.large(n.next_multiple_of(PAGE) + GAP) }?;
         Ok(Tensor { buffer, rows, cols })
     }
 
-    fn make(&mut self, len: usize) -> Result<Buffer<T>> {
-        self.made += len;
-        if len >= BLOCK / 4 || self.made < BLOCK {
-            return Buffer::zeroed(len);
+    /// The shortest that suffices, cut to the length.
+    fn large(&mut self, len: usize) -> Result<Buffer<T>> {
+        let enough = self.large.iter().enumerate().filter(|(_, buffer)| buffer.len() >= len);
+        let mut buffer = match enough.min_by_key(|(_, buffer)| buffer.len()).map(|(at, _)| at) {
+            Some(at) => self.large.swap_remove(at),
+            // Each block is as long as all before it, and its pages come when they are first used.
+            None => self.make(len.max(self.held))?,
+        };
+        if buffer.len() - len > SMALL {
+            let rest = buffer.split_off(len);
+            self.large.push(rest);
+        }
+        Ok(buffer)
+    }
+
+    /// One of the same or a slightly higher class.
+    fn small(&mut self, len: usize) -> Result<Buffer<T>> {
+        if let Some((_, buffers)) = self.small.range_mut(len..=2 * len).find(|(_, buffers)| !buffers.is_empty()) {
+            return Ok(buffers.pop().expect("it is not empty"));
+        }
+        if self.held < BLOCK {
+            return self.make(len);
         }
         if self.block.len() < len + GAP {
-            let rest = std::mem::replace(&mut self.block, Buffer::zeroed(BLOCK)?);
-            self.keep(rest);
+            self.block = self.make(BLOCK)?;
         }
         let rest = self.block.split_off(len + GAP);
         let mut buffer = std::mem::replace(&mut self.block, rest);
         buffer.split_off(len);
+        Ok(buffer)
+    }
+
+    fn make(&mut self, len: usize) -> Result<Buffer<T>> {
+        let buffer = Buffer::zeroed(len)?;
+        self.held += len;
         Ok(buffer)
     }
 
@@ -132,44 +147,32 @@ impl<T: Float> Pool<T> {
     /// Takes a matrix back.
     pub fn recycle(&mut self, tensor: Tensor<T>) {
         let mut buffer = tensor.buffer;
-        while buffer.is_part()
-            && let Some(mut other) = self.neighbour(&buffer)
-        {
+        if buffer.len() <= SMALL {
+            self.small.entry(buffer.len()).or_default().push(buffer);
+            return;
+        }
+        while let Some(at) = self.large.iter().position(|other| other.touches(&buffer) || buffer.touches(other)) {
+            let mut other = self.large.swap_remove(at);
             if other.touches(&buffer) {
                 std::mem::swap(&mut other, &mut buffer);
             }
             buffer.join(other);
         }
-        self.keep(buffer);
+        self.large.push(buffer);
     }
 
-    fn keep(&mut self, buffer: Buffer<T>) {
-        if buffer.is_empty() {
-            return;
-        }
-        self.free.entry(buffer.len()).or_default().push(buffer);
-    }
-
-    /// Takes out what lies right before or behind this part.
-    fn neighbour(&mut self, part: &Buffer<T>) -> Option<Buffer<T>> {
-        self.free.values_mut().find_map(|buffers| {
-            let at = buffers.iter().position(|other| other.touches(part) || part.touches(other))?;
-            Some(buffers.swap_remove(at))
-        })
-    }
-
-    /// Frees memory until at most so many bytes wait: whole buffers, the largest first, then all parts, which free nothing alone.
+    /// Frees memory until at most so many bytes wait: whole blocks, the largest first, then all small buffers.
     pub fn shrink(&mut self, most: usize) {
         let mut excess = self.bytes().saturating_sub(most);
-        for (len, buffers) in self.free.iter_mut().rev() {
-            buffers.retain(|buffer| {
-                let goes = excess > 0 && !buffer.is_part();
-                if goes {
-                    excess = excess.saturating_sub(len * size_of::<T>());
-                }
-                !goes
-            });
-        }
+        self.large.sort_unstable_by_key(|buffer| std::cmp::Reverse(buffer.len()));
+        self.large.retain(|buffer| {
+            let goes = excess > 0 && !buffer.is_part();
+            if goes {
+                excess = excess.saturating_sub(buffer.len() * size_of::<T>());
+                self.held = self.held.saturating_sub(buffer.len());
+            }
+            !goes
+        });
         if excess > 0 {
             *self = Pool::default();
         }
@@ -177,8 +180,9 @@ impl<T: Float> Pool<T> {
 
     /// Bytes that wait in the pool.
     pub fn bytes(&self) -> usize {
-        let free: usize = self.free.iter().map(|(len, buffers)| len * buffers.len()).sum();
-        (free + self.block.len()) * size_of::<T>()
+        let small: usize = self.small.iter().map(|(len, buffers)| len * buffers.len()).sum();
+        let large: usize = self.large.iter().map(|buffer| buffer.len()).sum();
+        (small + large + self.block.len()) * size_of::<T>()
     }
 }
 
@@ -206,28 +210,49 @@ mod tests {
 
     #[test]
     fn a_long_buffer_is_split_and_becomes_whole_again() {
-        let (mut pool, n) = (Pool::<f32>::default(), LEAST_PART);
+        let (mut pool, n) = (Pool::<f32>::default(), 2 * SMALL);
         let whole = pool.tensor(4, n).unwrap();
-        let address = whole.as_ptr();
+        let (address, bytes) = (whole.as_ptr(), (4 * n + GAP) * size_of::<f32>());
         pool.recycle(whole);
-        let parts: Vec<_> = [n, 2 * n, n].map(|n| pool.tensor(1, n).unwrap()).into();
-        assert_eq!(pool.bytes(), 0, "all parts are of the one buffer");
-        let mut starts: Vec<_> = parts.iter().map(|part| part.as_ptr() as usize).collect();
-        starts.sort_unstable();
-        starts.iter().zip([0, n, 3 * n]).for_each(|(&start, at)| assert_eq!(start, address.wrapping_add(at) as usize));
-        parts.into_iter().for_each(|part| pool.recycle(part));
         for order in [[0, 1, 2], [1, 0, 2], [2, 0, 1]] {
-            let mut parts: Vec<_> = [n, 2 * n, n].map(|n| Some(pool.tensor(1, n).unwrap())).into();
+            let mut parts: Vec<_> = [n, n / 2 + 1, n].map(|n| Some(pool.tensor(1, n).unwrap())).into();
+            let mut starts: Vec<_> = parts.iter().flatten().map(|part| part.as_ptr() as usize).collect();
+            starts.sort_unstable();
+            assert!(starts[0] == address as usize && starts[2] < address as usize + bytes, "all are of the one buffer");
             order.iter().for_each(|&i| pool.recycle(parts[i].take().unwrap()));
-            let whole = pool.tensor(4, n).unwrap();
-            assert_eq!((whole.as_ptr(), pool.bytes()), (address, 0), "{order:?}");
-            pool.recycle(whole);
+            assert_eq!((pool.large.len(), pool.bytes()), (1, bytes), "{order:?}");
         }
+        assert_eq!(pool.tensor(4, n).unwrap().as_ptr(), address);
+    }
+
+    #[test]
+    fn the_shortest_buffer_that_suffices_is_taken() {
+        let (mut pool, n) = (Pool::<f32>::default(), 2 * SMALL);
+        let [short, long] = [3, 8].map(|rows| pool.tensor(rows, n).unwrap());
+        let (at_short, at_long) = (short.as_ptr(), long.as_ptr());
+        [long, short].into_iter().for_each(|tensor| pool.recycle(tensor));
+        let taken = [2, 8].map(|rows| pool.tensor(rows, n).unwrap());
+        assert_eq!([taken[0].as_ptr(), taken[1].as_ptr()], [at_short, at_long]);
+    }
+
+    #[test]
+    fn blocks_grow_so_that_the_second_round_finds_what_the_first_left() {
+        let (mut pool, n) = (Pool::<f32>::default(), 2 * SMALL);
+        let mut bytes = Vec::new();
+        for _ in 0..2 {
+            let many: Vec<_> = (0..100).map(|_| pool.tensor(1, n).unwrap()).collect();
+            many.into_iter().for_each(|tensor| pool.recycle(tensor));
+            assert!(pool.large.len() <= 8, "{} blocks", pool.large.len());
+            bytes.push(pool.bytes());
+            let one = pool.tensor(30, n).unwrap();
+            pool.recycle(one);
+        }
+        assert_eq!(bytes[0], bytes[1], "the one came out of what many left, and broke nothing");
     }
 
     #[test]
     fn many_small_buffers_lie_in_blocks_and_stay_apart() {
-        let (mut pool, n) = (Pool::<f32>::default(), LEAST_PART);
+        let (mut pool, n) = (Pool::<f32>::default(), SMALL);
         let many = |pool: &mut Pool<f32>| (0..4 * BLOCK / n).map(|_| pool.tensor(1, n).unwrap()).collect::<Vec<_>>();
         let first = many(&mut pool);
         let addresses = |tensors: &[Tensor<f32>]| {
@@ -243,33 +268,27 @@ mod tests {
     }
 
     #[test]
-    fn a_pool_that_holds_too_much_frees_the_largest_first() {
-        let mut pool = Pool::<f32>::default();
-        let tensors = [1024, 4096, 4096].map(|n| pool.tensor(1, n).unwrap());
-        tensors.into_iter().for_each(|tensor| pool.recycle(tensor));
-        for (most, bytes) in [(9 * 4096, 9 * 4096), (9 * 4096 - 1, 5 * 4096), (4 * 4096, 4096), (0, 0)] {
-            pool.shrink(most);
-            assert_eq!(pool.bytes(), bytes, "{most}");
+    fn a_pool_that_holds_too_much_frees_whole_blocks_first() {
+        let (mut pool, n) = (Pool::<f32>::default(), 2 * SMALL);
+        let bytes = |rows: usize| (rows * n + GAP) * size_of::<f32>();
+        let mut out = Vec::new();
+        for rows in [1, 2, 4] {
+            out.push(pool.tensor(rows, n).unwrap());
         }
-    }
-
-    #[test]
-    fn parts_of_blocks_are_freed_together() {
-        let (mut pool, n) = (Pool::<f32>::default(), LEAST_PART);
-        let many: Vec<_> = (0..2 * BLOCK / n).map(|_| pool.tensor(1, n).unwrap()).collect();
-        many.into_iter().for_each(|tensor| pool.recycle(tensor));
-        let (all, whole) = (pool.bytes(), pool.free[&n].iter().filter(|buffer| !buffer.is_part()).count());
-        assert!(all >= 2 * BLOCK * size_of::<f32>() && whole > 0);
-        pool.shrink(all - 1);
-        assert_eq!(pool.bytes(), all - n * size_of::<f32>(), "a buffer of its own is enough");
-        let parts = all - whole * n * size_of::<f32>();
-        pool.shrink(parts);
-        assert_eq!(pool.bytes(), parts, "the parts may stay");
-        pool.shrink(parts - 1);
+        out.drain(..).for_each(|tensor| pool.recycle(tensor));
+        let all = bytes(1) + bytes(2) + bytes(4);
+        for (most, left) in [(all, all), (all - 1, all - bytes(4)), (bytes(2), bytes(1)), (0, 0)] {
+            pool.shrink(most);
+            assert_eq!(pool.bytes(), left, "{most}");
+        }
+        let part = pool.tensor(4, n).unwrap();
+        pool.recycle(part);
+        let part = pool.tensor(1, n).unwrap();
+        pool.shrink(0);
+        assert_eq!(pool.bytes(), 0, "what is left of a block goes when the block goes");
+        pool.recycle(part);
+        pool.shrink(0);
         assert_eq!(pool.bytes(), 0);
-        let again = pool.tensor(1, n).unwrap();
-        pool.recycle(again);
-        assert_eq!(pool.bytes(), n * size_of::<f32>());
     }
 
     #[test]
