@@ -107,10 +107,11 @@ impl<T: Float> Operation<T> for OfLogits {
     }
 }
 
-/// Rows whose logits exist at a time: enough that packing the weight, anew for each chunk, is cheap beside the products; for
-/// small vocabularies, some megabytes. It depends on the vocabulary alone, so that no bit depends on the batch.
-fn chunk_rows(vocabulary: usize) -> usize {
-    ((1 << 20) / vocabulary).clamp(1024, 4096)
+/// How many of these rows have their logits at a time. At least so many that packing the weight, anew for each chunk, is cheap
+/// beside the products, and for small vocabularies some megabytes; less than twice as many, and no chunk is much shorter.
+fn chunk_rows(rows: usize, vocabulary: usize) -> usize {
+    let least = ((1 << 20) / vocabulary).clamp(512, 4096);
+    rows.div_ceil((rows / least).max(1)).max(1)
 }
 
 /// The size of the vocabulary of a projection (V, D) for x of D columns.
@@ -181,7 +182,7 @@ pub fn linear_cross_entropy<T: Float>(
         [&mut dw, &mut db].into_iter().flatten().for_each(|gradient| gradient.fill(T::ZERO));
     }
 
-    let chunk = chunk_rows(v);
+    let chunk = chunk_rows(counted.len(), v);
     let mut losses = vec![RowLoss::default(); counted.len()];
     for (i, (counted, losses)) in counted.chunks(chunk).zip(losses.chunks_mut(chunk)).enumerate() {
         let (n, beta) = (counted.len(), if i == 0 { Beta::Assign } else { Beta::Add });
@@ -279,7 +280,7 @@ pub fn token_logprobs<T: Float>(
     let _timed = profile::forward("token_logprobs", [d, v], || Work::product::<T>(rows, d, v));
     let (mut log_p, bias, compact) =
         (vec![T::ZERO; rows], bias.map(|bias| params.get(bias)), params.compact(&[weight])?);
-    let chunk = chunk_rows(v);
+    let chunk = chunk_rows(rows, v);
     for (i, (log_p, targets)) in log_p.chunks_mut(chunk).zip(targets.chunks(chunk)).enumerate() {
         let (mut logits, n) = (tape.pool.tensor(log_p.len(), v)?, log_p.len());
         let x = &tape.value(x)?[i * chunk * d..][..n * d];
@@ -329,7 +330,8 @@ mod tests {
 
     /// The fused operation and its parts, over several chunks.
     fn fused_and_composed(ignored: usize, freeze: bool) -> [(testing::Outcome<f64>, CrossEntropy); 2] {
-        let (rows, d, v) = (2 * chunk_rows(5000) + 30, 6, 5000);
+        let (rows, d, v) = (3 * 512 + 31, 6, 5000);
+        assert_eq!((chunk_rows(rows, v), chunk_rows(511, v), chunk_rows(0, v)), (523, 511, 1));
         let (mut params, ids) = testing::params::<f64>(&[&[v, d], &[v]]);
         params.set_trainable(ids[0], !freeze);
         let (x, targets) = ([testing::normal(rows, d, 1)], targets(rows, v, ignored));
