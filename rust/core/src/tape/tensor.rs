@@ -195,6 +195,7 @@ fn size_class(n: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rng::Key;
 
     #[test]
     fn a_recycled_buffer_is_used_again() {
@@ -248,6 +249,28 @@ mod tests {
             pool.recycle(one);
         }
         assert_eq!(bytes[0], bytes[1], "the one came out of what many left, and broke nothing");
+    }
+
+    #[test]
+    fn tensors_never_overlap_and_all_parts_find_together_again() {
+        let key = Key::new(4);
+        let (mut pool, mut out) = (Pool::<f32>::default(), Vec::<(Tensor<f32>, f32)>::new());
+        for i in 0..2000 {
+            if key.below(3 * i, 100) < 52 {
+                let n = 1 << key.below(3 * i + 1, 20);
+                let mut tensor = pool.tensor(1, n + key.below(3 * i + 2, n as u64) as usize).unwrap();
+                tensor.fill(i as f32);
+                out.push((tensor, i as f32));
+            } else if !out.is_empty() {
+                let (tensor, mark) = out.swap_remove(key.below(3 * i + 1, out.len() as u64) as usize);
+                assert!(tensor.iter().all(|&x| x == mark), "tensor {mark} was written to by another");
+                pool.recycle(tensor);
+            }
+            let mut free = pool.large.iter().enumerate();
+            assert!(free.all(|(at, a)| pool.large[at + 1..].iter().all(|b| !a.touches(b) && !b.touches(a))));
+        }
+        out.into_iter().for_each(|(tensor, _)| pool.recycle(tensor));
+        assert!(pool.large.iter().all(|buffer| !buffer.is_part()), "a part is missing");
     }
 
     #[test]
