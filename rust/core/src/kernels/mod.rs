@@ -11,6 +11,7 @@ pub mod dropout;
 pub mod elementwise;
 pub mod embedding;
 pub mod gemm;
+mod grid;
 pub mod int8;
 pub(crate) mod lanes;
 pub mod norm;

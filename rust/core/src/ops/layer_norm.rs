@@ -59,7 +59,6 @@ pub(super) fn norm<T: Float>(
     Ok(y)
 }
 
-
 fn name(norm: Norm) -> &'static str {
     match norm {
         Norm::Layer => "layer_norm",

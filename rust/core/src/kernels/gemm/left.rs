@@ -1,14 +1,17 @@
 //! The left factor: read where it lies or packed, and how tiles find its rows.
 
+use super::Mat;
 use super::form::Form;
 use super::pack::{pack_panels, pack_rows, panel_len};
-use super::{FEW, GAP, Mat, NEAR};
+use super::plan::{FEW, NEAR};
 use crate::simd::{Float, l1_ways};
 
 /// Rows of A further apart than this (half a page of f32) fall on few sets of the caches: many of them are packed, unless
 /// a set of the L1 cache holds a tile's.
 const FAR_APART: usize = 512;
 const MANY_ROWS: usize = 64;
+/// Between packed rows, so that they do not fall on the same sets.
+pub(super) const GAP: usize = 16;
 
 /// How tiles get A.
 #[derive(Clone, Copy, PartialEq)]
@@ -50,7 +53,6 @@ impl Left {
     pub fn strides<T: Float>(self, a: &Mat<T>, units: usize, tile_rows: usize) -> Strides {
         match self {
             Left::InPlace => Strides { row: a.row_stride, k: a.col_stride, tile: tile_rows * a.row_stride },
-            // The gap keeps packed rows apart in the sets of the caches.
             Left::Rows => Strides { row: units + GAP, k: 1, tile: tile_rows * (units + GAP) },
             Left::Panels => Strides { row: 1, k: tile_rows, tile: panel_len(units, tile_rows) },
         }

@@ -16,6 +16,7 @@ mod form;
 mod left;
 mod mat;
 mod pack;
+mod plan;
 pub(super) mod stash;
 mod tile;
 #[cfg(target_arch = "x86_64")]
@@ -33,12 +34,13 @@ pub use mat::{Mat, MatMut};
 use std::marker::PhantomData;
 use std::ops::Range;
 
+use super::grid::{Grid, Neighbours};
 use crate::error::Result;
 use crate::simd::{Buffer, Float};
 use crate::{ensure, kernel, threads};
 use form::{Exact, Form, Pairs, Rounded};
-use left::Left;
 use pack::panel_len;
+use plan::{LEAST_ROWS, Plan};
 use tile::{KC, Operands};
 
 pub(super) use tile::opaque;
@@ -97,31 +99,6 @@ impl<T: Float> PackedRhs<T> {
 
 /// Below this number of multiply-adds a product runs on the calling thread.
 const SERIAL_BELOW: usize = 1 << 20;
-/// Fewer rows than this take as long: B has to come from memory.
-const LEAST_ROWS: usize = 8;
-/// A task has at least so many multiply-adds: some ten microseconds.
-const TASK: usize = 1 << 18;
-/// Rows and columns of a task at most: its part of A and of C stay in the L2 cache.
-const TASK_ROWS: usize = 96;
-const TASK_COLS: usize = 512;
-/// Numbers of A that a task may have at a time where B comes from memory: 256 KiB of f32.
-const TASK_A: usize = 1 << 16;
-/// Numbers of B packed at a time, a MiB of f32, which stay in the L2 cache, and columns of it; the same for A,
-/// whose slab is read once for each slab of B.
-const SLAB_B: usize = 1 << 18;
-const SLAB_COLS: usize = 512;
-const SLAB_A: usize = 1 << 19;
-const SLAB_ROWS: usize = 2048;
-const GAP: usize = 16;
-/// With fewer rows than this, or so few numbers that they fit the L1 cache, B is read where it lies, if its rows are
-/// contiguous: packing costs as much as a few rows.
-const PACK_FROM_ROWS: usize = 24;
-const PACK_FROM: usize = 4096;
-/// The same goes for a factor of which every number is used so few times, if its steps along K are so near each other that a
-/// block of them does not fall on few sets of the caches.
-const FEW: usize = 512;
-const NEAR: usize = 512;
-
 /// C = [C +] A · B, then the epilogue; on all threads where it pays.
 pub fn gemm<'a, T: Float, E: Epilogue<T>>(
     c: MatMut<T>,
@@ -190,41 +167,28 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
         return Ok(());
     }
 
-    let (tile_rows, tile_cols) = tile_shape::<T>();
-    let left = Left::of::<T, F>(&a, n, tile_rows);
-    let pack_a = left != Left::InPlace;
-    let few = m < PACK_FROM_ROWS || depth * n <= PACK_FROM;
-    let in_place = |b: &Mat<T>| b.col_stride == 1 && (few || (m <= FEW && b.row_stride <= NEAR));
-    let pack_b = matches!(b, Rhs::Plain(b) if !F::IN_PLACE || !in_place(&b));
-
-    // From here on, steps along K are counted in units of the form.
+    let plan = Plan::of::<T, F>(&a, &b, tile_shape::<T>());
+    let (tile_rows, tile_cols) = plan.tile;
+    let (a_len, b_len) = plan.packed_len(&a);
     let units = F::units(depth);
     let steps = |units: &Range<usize>| units.start * F::STEPS..depth.min(units.end * F::STEPS);
-    // Slabs: what is packed at a time.
-    let slab_rows = if pack_a { m.min(SLAB_ROWS) } else { m };
-    let slab_cols = if pack_b { n.min(SLAB_COLS) } else { n };
-    let deepest =
-        |pack: bool, numbers: usize, width: usize| if pack { (numbers / width / KC * KC).max(KC) } else { units };
-    let slab_depth = units.min(deepest(pack_a, SLAB_A, slab_rows)).min(deepest(pack_b, SLAB_B, slab_cols));
-    let a_len = if pack_a { slab_rows.div_ceil(tile_rows) * left.strides(&a, slab_depth, tile_rows).tile } else { 0 };
-    let b_len = if pack_b { slab_cols.div_ceil(tile_cols) * panel_len(slab_depth, tile_cols) } else { 0 };
 
     let out = Output { data: c.data.as_mut_ptr(), row_stride: c.row_stride, borrow: PhantomData };
     stash::with(b_len + a_len, |workspace| {
         let (b_packed, a_packed) = workspace.split_at_mut(b_len);
         let a_packed = Output { data: a_packed.as_mut_ptr(), row_stride: 0, borrow: PhantomData };
-        for rows in blocks(m, slab_rows) {
-            for ks in blocks(units, slab_depth) {
+        for rows in blocks(m, plan.rows) {
+            for ks in blocks(units, plan.depth) {
                 let part = a.block(rows.clone(), steps(&ks));
-                let strides = left.strides(&a, ks.len(), tile_rows);
+                let strides = plan.left.strides(&a, ks.len(), tile_rows);
                 // Some of its rows, whole tiles of them.
                 let pack_part = |rows: Range<usize>| {
                     let (first, tiles) = (rows.start / tile_rows, rows.len().div_ceil(tile_rows));
                     // SAFETY: the place of these rows, which nobody else packs.
                     let to = unsafe { a_packed.part(first * strides.tile, tiles * strides.tile) };
-                    left.pack::<T, F>(to, part.block(rows, 0..part.shape().1), strides);
+                    plan.left.pack::<T, F>(to, part.block(rows, 0..part.shape().1), strides);
                 };
-                for cols in blocks(n, slab_cols) {
+                for cols in blocks(n, plan.cols) {
                     let (b_from, b_k, b_panel) = match b {
                         Rhs::Packed(b) => {
                             (b.panels[ks.start * tile_cols..].as_ptr(), tile_cols, panel_len(depth, tile_cols))
@@ -233,7 +197,7 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
                             let (panels, row) = b.panels();
                             (panels[ks.start * row..].as_ptr(), row, panel_len(depth, row))
                         }
-                        Rhs::Plain(b) if pack_b => {
+                        Rhs::Plain(b) if plan.packs_b => {
                             let b = b.rows(steps(&ks))?.columns(cols.clone())?;
                             pack_panels::<T, F>(b_packed, b, tile_cols, workers)?;
                             (b_packed.as_ptr(), tile_cols, panel_len(ks.len(), tile_cols))
@@ -244,7 +208,7 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
                     };
                     let slab = Slab(Operands {
                         k: ks.len(),
-                        a: if pack_a { a_packed.data } else { part.data.as_ptr() },
+                        a: if plan.packs_a() { a_packed.data } else { part.data.as_ptr() },
                         a_row: strides.row,
                         a_k: strides.k,
                         a_tile: strides.tile,
@@ -258,11 +222,10 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
                         ahead_k: 0,
                     });
                     let from_memory = !matches!(b, Rhs::Plain(_));
-                    let grid =
-                        Grid::new(rows.len(), cols.len(), ks.len(), workers, (tile_rows, tile_cols), from_memory);
+                    let grid = plan.tasks(rows.len(), cols.len(), ks.len(), workers, from_memory);
                     // Packed for the first columns, A serves all. A task that has all of them packs its own rows, which then are in
                     // its cache; else they are packed before.
-                    let packs = pack_a && cols.start == 0;
+                    let packs = plan.packs_a() && cols.start == 0;
                     let in_tasks = packs && grid.across() == 1;
                     if packs && !in_tasks {
                         let some = (threads::GRAIN / (ks.len() * tile_rows).max(1)).clamp(1, 16) * tile_rows;
@@ -275,7 +238,7 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
                         if in_tasks {
                             pack_part(r.clone());
                         }
-                        let neighbours = Neighbours::of(index, grid.tasks(), workers, |next| grid.block(next).1.start);
+                        let neighbours = grid.neighbours(index, workers);
                         multiply::<T, F::Packed>(slab, r.clone(), c.clone(), neighbours);
                         if last {
                             finish(epilogue, out, shift(r, rows.start), shift(c, cols.start));
@@ -358,55 +321,6 @@ where
     Ok(())
 }
 
-/// How the rows and columns of a slab are cut into tasks.
-#[derive(Clone, Copy)]
-struct Grid {
-    rows: usize,
-    cols: usize,
-    row_block: usize,
-    col_block: usize,
-}
-
-impl Grid {
-    /// About eight tasks per worker, or four, none too small. No bit depends on it.
-    fn new(rows: usize, cols: usize, depth: usize, workers: usize, tile: (usize, usize), from_memory: bool) -> Self {
-        // Where there are rows for all, tasks are thin and wide: each row of A is read by few of them. Where B comes from memory
-        // it is to come once.
-        let most = if workers > 1 && rows >= 8 * workers * TASK_ROWS / 2 {
-            TASK_ROWS / 2
-        } else if from_memory {
-            TASK_ROWS.max(TASK_A / depth.clamp(1, KC))
-        } else {
-            TASK_ROWS
-        };
-        let row_blocks = rows.div_ceil(most);
-        let row_block = rows.div_ceil(row_blocks).next_multiple_of(tile.0);
-        let at_once = tile::shape(rows.min(row_block), tile.0).1 * tile.1;
-        let at_least = (TASK / (row_block.min(rows).max(LEAST_ROWS) * depth.max(1)).max(1)).max(1);
-        // The first panels of a task are waited for where they come from memory.
-        let tasks = if from_memory { 4 } else { 8 } * workers;
-        let wanted = if workers == 1 { cols } else { cols.div_ceil(tasks.div_ceil(row_blocks)) };
-        let col_block = wanted.max(at_least).min(TASK_COLS).next_multiple_of(at_once);
-        Grid { rows, cols, row_block, col_block }
-    }
-
-    /// Blocks side by side.
-    fn across(&self) -> usize {
-        self.cols.div_ceil(self.col_block)
-    }
-
-    fn tasks(&self) -> usize {
-        self.rows.div_ceil(self.row_block) * self.across()
-    }
-
-    /// Neighbouring tasks share their rows, which then are in the L2 cache already.
-    fn block(&self, index: usize) -> (Range<usize>, Range<usize>) {
-        let across = self.across();
-        let (row, col) = (index / across * self.row_block, index % across * self.col_block);
-        (row..self.rows.min(row + self.row_block), col..self.cols.min(col + self.col_block))
-    }
-}
-
 /// C, or A's packed rows, shared by tasks that write different elements of it.
 #[derive(Clone, Copy)]
 struct Output<'a, T> {
@@ -433,23 +347,6 @@ struct Slab<T>(Operands<T>);
 unsafe impl<T: Send + Sync> Sync for Output<'_, T> {}
 // SAFETY: as above.
 unsafe impl<T: Send + Sync> Sync for Slab<T> {}
-
-/// What a task knows of those that its thread has before and after it.
-#[derive(Clone, Copy)]
-pub(super) struct Neighbours {
-    /// There was none before it: nobody asked for its first panels.
-    pub first: bool,
-    /// The first column, or panel, of the one after it, if there is one.
-    pub then: Option<usize>,
-}
-
-impl Neighbours {
-    /// Those of task `index`; `start` gives where a task begins.
-    pub fn of(index: usize, tasks: usize, workers: usize, start: impl Fn(usize) -> usize) -> Self {
-        let share = threads::share_of(index, tasks, workers);
-        Neighbours { first: index == share.start, then: (index + 1 < share.end).then(|| start(index + 1)) }
-    }
-}
 
 kernel! {
     /// One block of C: panel by panel of B, and for each the rows of A.

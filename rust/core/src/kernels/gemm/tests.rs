@@ -1,5 +1,7 @@
 //! Against a readable product, and the promise of same bits.
 
+use super::plan::{SLAB_B, SLAB_COLS, SLAB_ROWS, TASK_COLS, TASK_ROWS};
+use super::tile::KC;
 use super::*;
 use crate::rng::{Dropout, Key};
 use crate::simd::{Isa, Simd, isa, keep_scalar};

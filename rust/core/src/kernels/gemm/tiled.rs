@@ -4,6 +4,7 @@
 //! slab by slab for all tasks; a task packs its rows of A, a block at a time, and multiplies them while they are in the cache.
 
 use super::form::{Form, Pairs};
+use super::left::GAP;
 use super::pack::{self, panel_len};
 use super::*;
 use crate::simd::amx::{BLOCK, DEPTH, Operands, Tiles, Units};
@@ -13,7 +14,7 @@ type Blocks = Pairs<DEPTH>;
 /// Columns and units along K of a slab of B at most, 2 MiB, which stay in the L2 cache for the greater part.
 const SLAB_COLS: usize = 1024;
 const SLAB_DEPTH: usize = 512;
-/// From one packed row of A to the next; the gap keeps them apart in the sets of the caches.
+/// From one packed row of A to the next.
 const A_STRIDE: usize = SLAB_DEPTH + GAP;
 /// Rows of a task at most, and multiply-adds at least: some microseconds.
 const TASK_ROWS: usize = 192;

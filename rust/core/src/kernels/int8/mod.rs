@@ -13,7 +13,8 @@ mod tests;
 pub use pack::Int8Rhs;
 pub use quantize::{Int8Matrix, quantize_rows};
 
-use super::gemm::{Epilogue, Neighbours, stash};
+use super::gemm::{Epilogue, stash};
+use super::grid::{Grid, Neighbours};
 use crate::error::Result;
 use crate::simd::bytes::{Bytes, Multiplier, Operands, PANEL, Products, STEP, Sums, WIDTH};
 use crate::simd::{Float, Kernel, MAX_LANES, Simd, prefetch};
@@ -93,11 +94,11 @@ fn run<T: Float, E: Epilogue<T>>(
         quantize_rows(q, scales, sums, x, depth, stride, workers)?;
 
         let out = Output { far: size_of_val(y) > NEAR_BYTES, data: y.as_mut_ptr() };
-        let grid = Grid::new(rows, w.panels(), depth, workers, bytes);
+        let grid = tasks(rows, w.panels(), depth, workers, bytes);
         let x = Rows { q, stride, sums, scales };
         let task = |index: usize| {
             let (rows, panels) = grid.block(index);
-            let neighbours = Neighbours::of(index, grid.tasks(), workers, |next| grid.block(next).1.start);
+            let neighbours = grid.neighbours(index, workers);
             SCRATCH.with_borrow_mut(|scratch| {
                 block(bytes, scratch, &out, x, w, epilogue, (rows, panels), neighbours);
             });
@@ -129,39 +130,18 @@ struct Output<T> {
 // SAFETY: the pointer stands for a borrow that `run` holds; tasks write disjoint elements.
 unsafe impl<T: Send> Sync for Output<T> {}
 
-/// How the work is cut; no bit depends on it.
-struct Grid {
-    rows: usize,
-    panels: usize,
-    row_block: usize,
-    panel_block: usize,
-}
-
-impl Grid {
-    fn new(rows: usize, panels: usize, depth: usize, workers: usize, bytes: Bytes) -> Self {
-        let row_blocks = rows.div_ceil(TASK_ROWS.max(TASK_BYTES / depth.max(1)));
-        let row_block = rows.div_ceil(row_blocks).next_multiple_of(bytes.tile_rows(rows));
-        let at_once = bytes.panels_at_once(row_block.min(rows));
-        let at_least = TASK.div_ceil((row_block.min(rows).max(LEAST_ROWS) * depth.max(1) * PANEL).max(1));
-        let wanted = match workers {
-            1 => panels,
-            _ => panels.div_ceil((8 * workers).div_ceil(row_blocks)),
-        };
-        Grid { rows, panels, row_block, panel_block: wanted.max(at_least).next_multiple_of(at_once).min(panels.max(1)) }
-    }
-
-    fn across(&self) -> usize {
-        self.panels.div_ceil(self.panel_block)
-    }
-
-    fn tasks(&self) -> usize {
-        self.rows.div_ceil(self.row_block) * self.across()
-    }
-
-    fn block(&self, index: usize) -> (Range<usize>, Range<usize>) {
-        let (row, panel) = (index / self.across() * self.row_block, index % self.across() * self.panel_block);
-        (row..self.rows.min(row + self.row_block), panel..self.panels.min(panel + self.panel_block))
-    }
+/// Some eight tasks for each worker, none too small. Columns are panels.
+fn tasks(rows: usize, panels: usize, depth: usize, workers: usize, bytes: Bytes) -> Grid {
+    let row_blocks = rows.div_ceil(TASK_ROWS.max(TASK_BYTES / depth.max(1)));
+    let row_block = rows.div_ceil(row_blocks).next_multiple_of(bytes.tile_rows(rows));
+    let at_once = bytes.panels_at_once(row_block.min(rows));
+    let at_least = TASK.div_ceil((row_block.min(rows).max(LEAST_ROWS) * depth.max(1) * PANEL).max(1));
+    let wanted = match workers {
+        1 => panels,
+        _ => panels.div_ceil((8 * workers).div_ceil(row_blocks)),
+    };
+    let col_block = wanted.max(at_least).next_multiple_of(at_once).min(panels.max(1));
+    Grid { rows, cols: panels, row_block, col_block }
 }
 
 thread_local! {
