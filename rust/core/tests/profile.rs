@@ -249,4 +249,6 @@ fn starts_and_stops_count() {
     assert!(!profile::is_on());
     let peak = profile::peak::measure(1, Duration::from_millis(20)).unwrap();
     assert!(peak.flops > 1e8 && peak.read > 1e7 && peak.copy > 1e7 && peak.threads == 1, "{peak:?}");
+    let peak = profile::peak::measure(3, Duration::from_millis(20)).unwrap();
+    assert!(peak.flops > 1e8 && peak.read > 1e7 && peak.copy > 1e7 && peak.threads == 3, "{peak:?}");
 }

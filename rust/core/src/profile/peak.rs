@@ -4,6 +4,7 @@ use crate::error::Result;
 use crate::kernel;
 use crate::simd::Buffer;
 use std::hint::black_box;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// Independent chains of multiply-adds: more than latency times units of any CPU we know, fewer than its registers.
@@ -68,23 +69,37 @@ kernel! {
     }
 }
 
-/// The best rate, per second, of threads that do one `work` each, again and again: a slower round was disturbed.
+/// The best rate, per second, of threads that do one `work` each at the same time, again and again: a slower round was disturbed.
+/// (The sum of what each reaches by itself says too much: one that runs while another waits for its core has the memory alone.)
 fn best_rate<W: Send>(time: Duration, works: &mut [W], work: impl Fn(&mut W) -> f64 + Sync) -> f64 {
-    let start = Instant::now();
-    let mut best = 0.0f64;
-    while start.elapsed() < time {
-        let work = &work;
-        let one = |own: &mut W| {
+    let (begin, threads) = (Instant::now(), works.len());
+    let (arrivals, rounds) = (AtomicUsize::new(0), AtomicUsize::new(usize::MAX));
+    let one = |own: &mut W| {
+        let mut done = Vec::new();
+        while done.len() < rounds.load(Ordering::Acquire) {
+            arrivals.fetch_add(1, Ordering::AcqRel);
+            while arrivals.load(Ordering::Acquire) < threads * (done.len() + 1) {
+                std::hint::spin_loop();
+            }
             let start = Instant::now();
-            work(own) / start.elapsed().as_secs_f64()
-        };
-        let rates: Vec<f64> = std::thread::scope(|scope| {
-            let handles: Vec<_> = works.iter_mut().map(|own| scope.spawn(move || one(own))).collect();
-            handles.into_iter().filter_map(|handle| handle.join().ok()).collect()
-        });
-        best = best.max(rates.iter().sum());
-    }
-    best
+            done.push((work(own), start, Instant::now()));
+            if begin.elapsed() >= time {
+                // The next round, which nobody can begin before this thread does, is the last.
+                rounds.fetch_min(done.len() + 1, Ordering::AcqRel);
+            }
+        }
+        done
+    };
+    let done: Vec<Vec<(f64, Instant, Instant)>> = std::thread::scope(|scope| {
+        let handles: Vec<_> = works.iter_mut().map(|own| scope.spawn(|| one(own))).collect();
+        handles.into_iter().filter_map(|handle| handle.join().ok()).collect()
+    });
+    let rate = |round: usize| {
+        let round = || done.iter().map(|own| own[round]);
+        let (first, last) = (round().map(|(_, start, _)| start).min()?, round().map(|(.., end)| end).max()?);
+        Some(round().map(|(amount, ..)| amount).sum::<f64>() / (last - first).as_secs_f64())
+    };
+    (0..done.first().map_or(0, Vec::len)).filter_map(rate).fold(0.0, f64::max)
 }
 
 /// Measures with `threads` threads of its own; each of the three rates takes about `time`.
