@@ -4,10 +4,11 @@ mod numbers;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use numbers::numbers;
+use std::sync::Arc;
 use std::time::Duration;
 use transformer_core::kernels::activation::Gelu;
 use transformer_core::kernels::gemm::{Affine, Identity};
-use transformer_core::kernels::int8::{Int8Matrix, Int8Rhs, product};
+use transformer_core::kernels::int8::{Int8Rhs, product};
 
 /// Rows, outputs, depth.
 const SHAPES: [(usize, usize, usize); 9] = [
@@ -28,7 +29,7 @@ fn int8(c: &mut Criterion) {
     let mut group = c.benchmark_group("int8");
     for (m, n, k) in SHAPES {
         let (x, bias, mut y) = (numbers(m * k, 1), numbers(n, 2), vec![0.0f32; m * n]);
-        let weights = Int8Rhs::new(&[&Int8Matrix::quantize(&numbers(n * k, 3), n, k).unwrap()]).unwrap();
+        let weights = [Arc::new(Int8Rhs::quantize(&numbers(n * k, 3), n, k).unwrap())];
         group.throughput(Throughput::Elements((2 * m * n * k) as u64));
         let plain = Affine { bias: Some(&bias[..]), activation: Identity, dropout: None, residual: None };
         group.bench_function(format!("{m}x{n}x{k}"), |b| b.iter(|| product(&mut y, &x, &weights, &plain).unwrap()));

@@ -143,7 +143,7 @@ impl State {
                     matrix.values(&mut values)?;
                     state.floats.push((name, shape, values));
                 }
-                Numbers::Int8(values) => state.int8.push((name, shape, values.to_vec())),
+                Numbers::Int8(values) => state.int8.push((name, shape, values.values())),
             }
         }
         Ok(state)

@@ -61,7 +61,7 @@ pub(crate) fn write(
             Numbers::Bf16(w) => {
                 (0..shape[0]).try_for_each(|row| put(&mut w.bits(row).flat_map(|x| x.to_le_bytes())))?;
             }
-            Numbers::Int8(x) => x.chunks(PIECE).try_for_each(|x| put(&mut x.iter().map(|x| x.cast_unsigned())))?,
+            Numbers::Int8(w) => (0..shape[0]).try_for_each(|row| put(&mut w.row(row).map(i8::cast_unsigned)))?,
         }
     }
     Ok(())

@@ -3,6 +3,7 @@
 use crate::bail;
 use crate::error::{Error, Result, Shape};
 use crate::kernels::gemm::Bf16Rhs;
+use crate::kernels::int8::Int8Rhs;
 use crate::tape::{ParamId, Params, StatId, Stored, check_bf16};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write;
@@ -23,8 +24,8 @@ pub enum Numbers<'a> {
     F32(&'a [f32]),
     /// A matrix.
     Bf16(&'a Bf16Rhs<f32>),
-    /// Row-major.
-    Int8(&'a [i8]),
+    /// A weight of a linear map, without its scales.
+    Int8(&'a Int8Rhs),
 }
 
 /// A name, a shape and numbers.
@@ -160,9 +161,7 @@ pub(crate) fn set(params: &mut Params<f32>, place: Place, values: &[f32]) -> Res
         Place::Param(id) => params.set(id, values),
         Place::Stat(id) => params.set_stat(id, values),
         Place::Scale(id) => {
-            if let Some(w) = params.int8_mut(id) {
-                w.scales.copy_from_slice(values);
-            }
+            params.int8_mut(id)?.scales_mut().copy_from_slice(values);
             Ok(())
         }
         Place::Int8(_) => bail!(Internal, "floats for a weight in int8"),
@@ -171,12 +170,7 @@ pub(crate) fn set(params: &mut Params<f32>, place: Place, values: &[f32]) -> Res
 
 pub(crate) fn set_int8(params: &mut Params<f32>, place: Place, values: &[i8]) -> Result<()> {
     match place {
-        Place::Int8(id) => {
-            if let Some(w) = params.int8_mut(id) {
-                w.values.copy_from_slice(values);
-            }
-            Ok(())
-        }
+        Place::Int8(id) => params.int8_mut(id)?.set(values),
         _ => bail!(Internal, "int8 for an array of floats"),
     }
 }
@@ -186,8 +180,8 @@ fn numbers(params: &Params<f32>, place: Place) -> Option<Numbers<'_>> {
     match place {
         Place::Param(id) => Some(params.bf16(id).map_or_else(|| Numbers::F32(params.get(id)), Numbers::Bf16)),
         Place::Stat(id) => Some(Numbers::F32(params.stat(id))),
-        Place::Scale(id) => params.int8(id).map(|w| Numbers::F32(&w.scales)),
-        Place::Int8(id) => params.int8(id).map(|w| Numbers::Int8(&w.values)),
+        Place::Scale(id) => params.int8(id).map(|w| Numbers::F32(w.scales())),
+        Place::Int8(id) => params.int8(id).map(Numbers::Int8),
     }
 }
 

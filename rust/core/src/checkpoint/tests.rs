@@ -71,9 +71,9 @@ fn two_matrices(stored: Stored) -> (Params<f32>, Arc<Layout>) {
     (Params::init(layout, 1).unwrap(), other)
 }
 
-fn int8_dict(params: &Params<f32>) -> Vec<NamedBytes<'_>> {
+fn int8_dict(params: &Params<f32>) -> Vec<(&str, &[usize], Vec<i8>)> {
     let bytes = |(name, shape, numbers)| match numbers {
-        Numbers::Int8(values) => Some((name, shape, values)),
+        Numbers::Int8(w) => Some((name, shape, w.values())),
         _ => None,
     };
     tensors(params).into_iter().filter_map(bytes).collect()

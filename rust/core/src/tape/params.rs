@@ -3,7 +3,7 @@
 use super::layout::{Entry, Init, Layout, ParamId, StatId, Stored};
 use crate::error::{Error, Result, Shape};
 use crate::kernels::gemm::{Bf16Rhs, Mat, PackedRhs};
-use crate::kernels::int8::{Int8Matrix, Int8Rhs};
+use crate::kernels::int8::Int8Rhs;
 use crate::rng::Key;
 use crate::simd::{Buffer, Float};
 use crate::threads::{GRAIN, for_each};
@@ -22,7 +22,6 @@ pub struct Params<T> {
     packed: Mutex<Packed<T>>,
     /// Matrices that are kept in another form than f32.
     compact: HashMap<ParamId, Compact<T>>,
-    packed_int8: Mutex<PackedInt8>,
     packed_bf16: Mutex<HashMap<ParamId, Arc<Bf16Rhs<T>>>>,
 }
 
@@ -31,23 +30,18 @@ pub struct Params<T> {
 enum Compact<T> {
     /// Weights of linear maps as products read them, others as tables; a table that is a weight too is packed besides.
     Bf16(Arc<Bf16Rhs<T>>),
-    Int8(Int8Matrix),
+    Int8(Arc<Int8Rhs>),
 }
 
-/// A weight in another form than f32, or a group of them, as products read it.
+/// A weight in another form than f32, or each of a group of them, as products read it.
 #[derive(Debug)]
 pub enum CompactRhs<T> {
-    /// Each of them.
     Bf16(Vec<Arc<Bf16Rhs<T>>>),
-    /// All of them as one.
-    Int8(Arc<Int8Rhs>),
+    Int8(Vec<Arc<Int8Rhs>>),
 }
 
 /// Weights in the order in which products of few rows read them, by where they begin and how long they are.
 type Packed<T> = HashMap<(usize, usize), Arc<PackedRhs<T>>>;
-
-/// Weights in int8, one or a group, by the first of them and their number.
-type PackedInt8 = HashMap<(ParamId, usize), Arc<Int8Rhs>>;
 
 impl<T: Float> Params<T> {
     /// Fresh parameters. Each is drawn by its own name, so that layers never start as copies of one another.
@@ -75,7 +69,7 @@ impl<T: Float> Params<T> {
     pub fn zeros(layout: Arc<Layout>) -> Result<Self> {
         let (data, stats) = (Buffer::zeroed(layout.len())?, Buffer::zeroed(layout.stats_len())?);
         let trainable = vec![true; layout.params.len()];
-        let (packed, packed_int8, packed_bf16) = Default::default();
+        let (packed, packed_bf16) = Default::default();
         let mut compact = HashMap::new();
         for id in layout.ids() {
             let Entry { shape, stored, init, .. } = layout.entry(id);
@@ -83,11 +77,11 @@ impl<T: Float> Params<T> {
                 Stored::F32 => continue,
                 Stored::Bf16 if *init == Init::Xavier => Compact::Bf16(Bf16Rhs::zeros(shape[0], shape[1])?.into()),
                 Stored::Bf16 => Compact::Bf16(Bf16Rhs::table(shape[0], shape[1])?.into()),
-                Stored::Int8 => Compact::Int8(Int8Matrix::zeros(shape[0], shape[1])?),
+                Stored::Int8 => Compact::Int8(Int8Rhs::zeros(shape[0], shape[1])?.into()),
             };
             compact.insert(id, zeros);
         }
-        Ok(Params { layout, data, stats, trainable, version: 0, packed, compact, packed_int8, packed_bf16 })
+        Ok(Params { layout, data, stats, trainable, version: 0, packed, compact, packed_bf16 })
     }
 
     /// The same parameters as numbers of another type, for gradient checks. Matrices must be f32.
@@ -106,7 +100,6 @@ impl<T: Float> Params<T> {
             version: self.version,
             packed: Mutex::default(),
             compact: HashMap::new(),
-            packed_int8: Mutex::default(),
             packed_bf16: Mutex::default(),
         })
     }
@@ -173,15 +166,14 @@ impl<T: Float> Params<T> {
                 (None, Some(old)) => old.values(&mut new.data[new.layout.entry(id).range.clone()])?,
                 (None, None) => new.data[new.layout.entry(id).range.clone()].copy_from_slice(self.get(id)),
                 (Some(Compact::Int8(w)), _) => {
-                    *w = Int8Matrix::quantize(self.get(id), entry.shape[0], entry.shape[1]).map_err(
-                        |error| match error {
-                            Error::NonFinite(_) => Error::NonFinite(format!(
-                                "quantize: parameter `{}` has numbers that are not finite; load weights that are",
-                                entry.name
-                            )),
-                            other => other,
-                        },
-                    )?;
+                    let new = Int8Rhs::quantize(self.get(id), entry.shape[0], entry.shape[1]);
+                    *w = Arc::new(new.map_err(|error| match error {
+                        Error::NonFinite(_) => Error::NonFinite(format!(
+                            "quantize: parameter `{}` has numbers that are not finite; load weights that are",
+                            entry.name
+                        )),
+                        other => other,
+                    })?);
                 }
             }
         }
@@ -218,7 +210,7 @@ impl<T: Float> Params<T> {
     }
 
     /// A weight that is kept in int8.
-    pub fn int8(&self, id: ParamId) -> Option<&Int8Matrix> {
+    pub fn int8(&self, id: ParamId) -> Option<&Int8Rhs> {
         match self.compact.get(&id) {
             Some(Compact::Int8(w)) => Some(w),
             _ => None,
@@ -226,37 +218,31 @@ impl<T: Float> Params<T> {
     }
 
     /// A weight that is kept in int8, for somebody who is about to change it.
-    pub fn int8_mut(&mut self, id: ParamId) -> Option<&mut Int8Matrix> {
+    pub fn int8_mut(&mut self, id: ParamId) -> Result<&mut Int8Rhs> {
         self.touch();
         match self.compact.get_mut(&id) {
-            Some(Compact::Int8(w)) => Some(w),
-            _ => None,
+            Some(Compact::Int8(w)) => own(w),
+            _ => bail!(Internal, "a weight that is not kept in int8"),
         }
     }
 
-    /// A weight, or a group of them, for products, where it is kept in another form than f32. What is not kept as products
-    /// read it is packed once for each version of the values.
+    /// A weight, or a group of them, for products, where it is kept in another form than f32. A table is packed once for each
+    /// version of the values.
     pub fn compact(&self, ids: &[ParamId]) -> Result<Option<CompactRhs<T>>> {
         let Some(first) = ids.first().filter(|first| self.compact.contains_key(first)) else { return Ok(None) };
         if self.bf16(*first).is_some() {
             return Ok(Some(CompactRhs::Bf16(ids.iter().map(|&id| self.bf16_rhs(id)).collect::<Result<_>>()?)));
         }
-        let mut packed = self.packed_int8.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (*first, ids.len());
-        if let Some(found) = packed.get(&key) {
-            return Ok(Some(CompactRhs::Int8(found.clone())));
-        }
-        let weights: Option<Vec<_>> = ids.iter().map(|&id| self.int8(id)).collect();
-        let Some(weights) = weights else { bail!(Internal, "a group of weights is kept in several forms") };
-        let new = Arc::new(Int8Rhs::new(&weights)?);
-        packed.insert(key, new.clone());
-        Ok(Some(CompactRhs::Int8(new)))
+        let weights = ids.iter().map(|id| match self.compact.get(id) {
+            Some(Compact::Int8(w)) => Ok(w.clone()),
+            _ => bail!(Internal, "a group of weights is kept in several forms"),
+        });
+        Ok(Some(CompactRhs::Int8(weights.collect::<Result<_>>()?)))
     }
 
     /// The values change.
     fn touch(&mut self) {
         self.version += 1;
-        self.packed_int8.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
         self.packed_bf16.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
         self.packed.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
     }
@@ -328,10 +314,10 @@ impl<T: Float> Params<T> {
 }
 
 /// A matrix, for somebody who is about to change it. (None of those who took it for a product is at work now.)
-fn own<T: Float>(w: &mut Arc<Bf16Rhs<T>>) -> Result<&mut Bf16Rhs<T>> {
+fn own<W>(w: &mut Arc<W>) -> Result<&mut W> {
     match Arc::get_mut(w) {
         Some(w) => Ok(w),
-        None => bail!(Internal, "a matrix in bf16 changes while it is in use"),
+        None => bail!(Internal, "a matrix changes while it is in use"),
     }
 }
 
@@ -454,18 +440,16 @@ mod tests {
         assert_eq!(layout.entry(b).scale.as_deref(), Some("b.weight_scale"));
         assert!(layout.entry(b).range.is_empty() && layout.entry(b).shape == [3, 5]);
         assert_eq!((int8.get(a), int8.group(&[q, k])), (params.get(a), params.group(&[q, k])));
-        assert_eq!(int8.int8(b), Some(&Int8Matrix::quantize(params.get(b), 3, 5).unwrap()));
+        let (kept, expected) = (int8.int8(b).unwrap(), Int8Rhs::quantize(params.get(b), 3, 5).unwrap());
+        assert!(kept.values() == expected.values() && kept.scales() == expected.scales());
         assert!(matches!(int8.set(b, &[0.0; 15]), Err(Error::Unsupported(_))));
         assert!(matches!(int8.convert(layout.clone()), Err(Error::Unsupported(_))));
-        let packed = |params: &Params<f32>| match params.compact(&[b]) {
-            Ok(Some(CompactRhs::Int8(packed))) => packed,
-            other => panic!("{other:?}"),
-        };
-        let before = packed(&int8);
-        assert!(Arc::ptr_eq(&before, &packed(&int8)));
-        assert!(int8.compact(&[a]).unwrap().is_none());
-        int8.int8_mut(b).unwrap().values.fill(1);
-        assert!(!Arc::ptr_eq(&before, &packed(&int8)));
+        let Ok(Some(CompactRhs::Int8(taken))) = int8.compact(&[b]) else { panic!("not in int8") };
+        assert!(int8.compact(&[a]).unwrap().is_none() && int8.int8_mut(a).is_err());
+        assert!(int8.int8_mut(b).is_err(), "a product has it");
+        drop(taken);
+        int8.int8_mut(b).unwrap().set(&[1; 15]).unwrap();
+        assert_eq!(int8.int8(b).unwrap().values(), [1; 15]);
         params.set(b, &[f32::INFINITY; 15]).unwrap();
         let error = params.convert(layout).unwrap_err();
         assert!(matches!(&error, Error::NonFinite(text) if text.contains("`b.weight`")), "{error}");

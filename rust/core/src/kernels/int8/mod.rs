@@ -11,7 +11,7 @@ mod quantize;
 mod tests;
 
 pub use pack::Int8Rhs;
-pub use quantize::{Int8Matrix, quantize_rows};
+pub use quantize::quantize_rows;
 
 use super::gemm::{Epilogue, stash};
 use super::grid::{Grid, Neighbours};
@@ -21,6 +21,7 @@ use crate::simd::{Float, Kernel, MAX_LANES, Simd, prefetch};
 use crate::{ensure, threads};
 use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// The longest sum: beyond it one of 127² each could leave 32 bits.
 pub const MAX_DEPTH: usize = 1 << 17;
@@ -46,13 +47,21 @@ const LINE: usize = 64;
 /// Fewer rows than this take as long: the weights have to come from memory.
 const LEAST_ROWS: usize = 8;
 
-/// y (R, O) = epilogue(x Wᵀ), with x (R, K) brought to int8 row by row.
-pub fn product<T: Float, E: Epilogue<T>>(y: &mut [T], x: &[T], w: &Int8Rhs, epilogue: &E) -> Result<()> {
-    product_by(Bytes::best(), y, x, w, epilogue)
+/// y (R, ΣO) = epilogue(x Wᵀ), with x (R, K) brought to int8 row by row: the results of several weights side by side.
+pub fn product<T: Float, E: Epilogue<T>>(y: &mut [T], x: &[T], weights: &[Arc<Int8Rhs>], epilogue: &E) -> Result<()> {
+    product_by(Bytes::best(), y, x, weights, epilogue)
 }
 
-fn product_by<T: Float, E: Epilogue<T>>(bytes: Bytes, y: &mut [T], x: &[T], w: &Int8Rhs, epilogue: &E) -> Result<()> {
+fn product_by<T: Float, E: Epilogue<T>>(
+    bytes: Bytes,
+    y: &mut [T],
+    x: &[T],
+    weights: &[Arc<Int8Rhs>],
+    epilogue: &E,
+) -> Result<()> {
+    let w = Group::of(weights);
     let (depth, outputs) = (w.depth, w.outputs);
+    ensure!(weights.iter().all(|w| w.depth == depth), Shape, "int8: weights of one depth stand side by side");
     let rows = y.len().checked_div(outputs).unwrap_or(0);
     ensure!(
         x.len() == rows * depth && y.len() == rows * outputs,
@@ -76,7 +85,7 @@ fn run<T: Float, E: Epilogue<T>>(
     bytes: Bytes,
     y: &mut [T],
     x: &[T],
-    w: &Int8Rhs,
+    w: Group<'_>,
     epilogue: &E,
     workers: usize,
 ) -> Result<()> {
@@ -93,14 +102,18 @@ fn run<T: Float, E: Epilogue<T>>(
         let sums = unsafe { std::slice::from_raw_parts_mut(sums.as_mut_ptr().cast::<i32>(), rows) };
         quantize_rows(q, scales, sums, x, depth, stride, workers)?;
 
-        let out = Output { far: size_of_val(y) > NEAR_BYTES, data: y.as_mut_ptr() };
+        let out = Output { far: size_of_val(y) > NEAR_BYTES, data: y.as_mut_ptr(), stride: outputs };
         let grid = tasks(rows, w.panels(), depth, workers, bytes);
         let x = Rows { q, stride, sums, scales };
         let task = |index: usize| {
             let (rows, panels) = grid.block(index);
-            let neighbours = grid.neighbours(index, workers);
+            let Neighbours { first, then } = grid.neighbours(index, workers);
             SCRATCH.with_borrow_mut(|scratch| {
-                block(bytes, scratch, &out, x, w, epilogue, (rows, panels), neighbours);
+                for part in w.parts(panels.clone()) {
+                    let cold = first && part.begins == panels.start;
+                    let next = if part.ends < panels.end { Some(part.ends) } else { then };
+                    block(bytes, scratch, &out, x, &part, epilogue, rows.clone(), cold, next.map(|next| w.start(next)));
+                }
             });
         };
         if workers > 1 {
@@ -109,6 +122,53 @@ fn run<T: Float, E: Epilogue<T>>(
         (0..grid.tasks()).for_each(task);
         Ok(())
     })
+}
+
+/// Weights whose outputs stand side by side. Their panels are counted through.
+#[derive(Clone, Copy)]
+struct Group<'a> {
+    weights: &'a [Arc<Int8Rhs>],
+    outputs: usize,
+    depth: usize,
+}
+
+/// Some panels of one of them.
+struct Part<'a> {
+    w: &'a Int8Rhs,
+    /// Among those of the weight, and among all.
+    panels: Range<usize>,
+    begins: usize,
+    ends: usize,
+    /// The column of y of the weight's first output.
+    column: usize,
+}
+
+impl<'a> Group<'a> {
+    fn of(weights: &'a [Arc<Int8Rhs>]) -> Self {
+        let outputs = weights.iter().map(|w| w.outputs).sum();
+        Group { weights, outputs, depth: weights.first().map_or(0, |w| w.depth) }
+    }
+
+    fn panels(self) -> usize {
+        self.weights.iter().map(|w| w.panels()).sum()
+    }
+
+    /// Some panels, weight by weight.
+    fn parts(self, panels: Range<usize>) -> impl Iterator<Item = Part<'a>> {
+        let (mut first, mut column) = (0, 0);
+        self.weights.iter().filter_map(move |w| {
+            let (here, of_w) = (first..first + w.panels(), column);
+            (first, column) = (here.end, column + w.outputs);
+            let (begins, ends) = (panels.start.max(here.start), panels.end.min(here.end));
+            let part = || Part { w, panels: begins - here.start..ends - here.start, begins, ends, column: of_w };
+            (begins < ends).then(part)
+        })
+    }
+
+    /// Where a panel begins.
+    fn start(self, panel: usize) -> *const u8 {
+        self.parts(panel..panel + 1).next().map_or(std::ptr::null(), |part| part.w.start(part.panels.start))
+    }
 }
 
 /// The rows of x as bytes.
@@ -123,6 +183,8 @@ struct Rows<'a> {
 /// y, shared by tasks that write different elements of it.
 struct Output<T> {
     data: *mut T,
+    /// From one row to the next.
+    stride: usize,
     /// It does not fit into the L2 cache.
     far: bool,
 }
@@ -149,17 +211,19 @@ thread_local! {
     static SCRATCH: RefCell<(Products, Sums)> = const { RefCell::new((Products::ZERO, Sums::ZERO)) };
 }
 
-/// Some rows times some panels.
+/// Some rows times some panels. `cold`: nobody asked for the first of them; `after` them, if it is known, another will be needed.
 fn block<T: Float, E: Epilogue<T>>(
     bytes: Bytes,
     (products, sums): &mut (Products, Sums),
     out: &Output<T>,
     x: Rows<'_>,
-    w: &Int8Rhs,
+    part: &Part<'_>,
     epilogue: &E,
-    (rows, panels): (Range<usize>, Range<usize>),
-    neighbours: Neighbours,
+    rows: Range<usize>,
+    cold: bool,
+    after: Option<*const u8>,
 ) {
+    let Part { w, ref panels, column: first_column, .. } = *part;
     let mut multiplier = Multiplier::new(bytes, sums);
     let tile_rows = bytes.tile_rows(rows.len());
     // The same number of panels at once for every tile: the last one may have fewer rows.
@@ -171,8 +235,8 @@ fn block<T: Float, E: Epilogue<T>>(
     let share = STEP_BYTES.div_ceil(tiles.max(1));
     for group in panels.clone().step_by(WIDTH / PANEL) {
         let group = group..panels.end.min(group + WIDTH / PANEL);
-        let next = if group.end < panels.end { Some(group.end) } else { neighbours.then };
-        let cold = tiles == 1 || (neighbours.first && group.start == panels.start);
+        let next = if group.end < panels.end { Some(w.start(group.end)) } else { after };
+        let cold = tiles == 1 || (cold && group.start == panels.start);
         let (mut row, mut asked) = (rows.start, 0);
         while row < rows.end {
             let left = rows.end - row;
@@ -180,7 +244,7 @@ fn block<T: Float, E: Epilogue<T>>(
             let height = if left > tile_rows && left < 2 * tile_rows { left.div_ceil(2) } else { left.min(tile_rows) };
             let (ahead, ahead_step) = match next {
                 _ if cold && row == rows.start => (w.start(group.start).wrapping_add(AHEAD * STEP_BYTES), STEP_BYTES),
-                Some(next) => (w.start(next).wrapping_add(asked), share),
+                Some(next) => (next.wrapping_add(asked), share),
                 None => (w.start(group.start), 0),
             };
             asked += share * steps;
@@ -188,7 +252,8 @@ fn block<T: Float, E: Epilogue<T>>(
             while panel < group.end {
                 let count = if group.end - panel >= at_once { at_once } else { 1 };
                 if out.far {
-                    prefetch_rows(out.data.wrapping_add(row * w.outputs + panel * PANEL), w.outputs, height, count);
+                    let place = out.data.wrapping_add(row * out.stride + first_column + panel * PANEL);
+                    prefetch_rows(place, out.stride, height, count);
                 }
                 let operands = Operands {
                     steps,
@@ -205,14 +270,12 @@ fn block<T: Float, E: Epilogue<T>>(
                 multiplier.tile(&mut products.0[(panel - group.start) * PANEL..], operands);
                 panel += count;
             }
-            let column = group.start * PANEL;
             T::dispatch(Finish {
                 products,
-                out: out.data,
-                outputs: w.outputs,
+                out,
                 rows: row..row + height,
-                column,
-                columns: (group.len() * PANEL).min(w.outputs - column),
+                column: first_column + group.start * PANEL,
+                columns: (group.len() * PANEL).min(w.outputs - group.start * PANEL),
                 epilogue,
             });
             row += height;
@@ -232,8 +295,7 @@ fn prefetch_rows<T>(y: *const T, stride: usize, rows: usize, panels: usize) {
 /// Products to their places, and the epilogue.
 struct Finish<'a, T, E> {
     products: &'a Products,
-    out: *mut T,
-    outputs: usize,
+    out: &'a Output<T>,
     rows: Range<usize>,
     column: usize,
     columns: usize,
@@ -245,10 +307,10 @@ impl<T: Float, E: Epilogue<T>> Kernel<T> for Finish<'_, T, E> {
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, s: S) {
-        let Finish { products, out, outputs, rows, column, columns, epilogue } = self;
+        let Finish { products, out, rows, column, columns, epilogue } = self;
         for (row, products) in rows.zip(products.0.as_chunks::<WIDTH>().0) {
             // SAFETY: these columns of this row are inside y, and this task alone has them.
-            let y = unsafe { std::slice::from_raw_parts_mut(out.add(row * outputs + column), columns) };
+            let y = unsafe { std::slice::from_raw_parts_mut(out.data.add(row * out.stride + column), columns) };
             epilogue.finish_from(
                 s,
                 row,

@@ -1,15 +1,16 @@
 //! Weights in the order in which tiles read them.
 
-use super::Int8Matrix;
-use crate::ensure;
+use super::{MAX_DEPTH, quantize_rows};
 use crate::error::Result;
-use crate::simd::Buffer;
 use crate::simd::bytes::{Bytes, PANEL, STEP};
+use crate::simd::{Buffer, Float};
+use crate::{bail, ensure, threads};
 use std::ops::Range;
 
-/// Weights of int8 for many products: for each panel of outputs, for each four of the depth, the bytes of all outputs.
+/// A weight (O, K) in int8, for each row a scale: for each panel of outputs, for each four of the depth, the bytes of all outputs.
 #[derive(Debug)]
 pub struct Int8Rhs {
+    bytes: Bytes,
     /// Bytes, in memory for f32.
     panels: Buffer<f32>,
     /// Bytes of one of them.
@@ -21,30 +22,64 @@ pub struct Int8Rhs {
 }
 
 impl Int8Rhs {
-    /// Packs weights of one depth, one below the other.
-    pub fn new(weights: &[&Int8Matrix]) -> Result<Self> {
-        Self::by(Bytes::best(), weights)
+    /// Zeros, for values that come from elsewhere.
+    pub fn zeros(outputs: usize, depth: usize) -> Result<Self> {
+        Self::by(Bytes::best(), outputs, depth)
     }
 
-    pub(super) fn by(bytes: Bytes, weights: &[&Int8Matrix]) -> Result<Self> {
-        let depth = weights.first().map_or(0, |w| w.depth);
-        ensure!(weights.iter().all(|w| w.depth == depth), Shape, "int8: weights of one depth stand together");
-        let mut scales: Vec<f32> = weights.iter().flat_map(|w| w.scales.iter().copied()).collect();
-        let steps = bytes.depth(depth) / STEP;
-        let outputs = scales.len();
-        let count = outputs.div_ceil(PANEL);
-        scales.resize(count * PANEL, 0.0);
-        let mut panels = Buffer::zeroed(count * steps * STEP * PANEL / 4)?;
-        let all = bytes_of_mut(&mut panels);
-        all.fill(bytes.offset());
-        let rows = weights.iter().flat_map(|w| w.values.chunks(depth.max(1)));
-        for (o, row) in rows.enumerate() {
-            let panel = &mut all[o / PANEL * steps * STEP * PANEL..];
-            for (k, &w) in row.iter().enumerate() {
-                panel[k / STEP * STEP * PANEL + o % PANEL * STEP + k % STEP] = (w as u8).wrapping_add(bytes.offset());
-            }
+    pub(super) fn by(bytes: Bytes, outputs: usize, depth: usize) -> Result<Self> {
+        ensure!(depth <= MAX_DEPTH, Unsupported, "int8: sums of {depth} products are longer than {MAX_DEPTH}");
+        let (count, panel_len) = (outputs.div_ceil(PANEL), bytes.depth(depth) * PANEL);
+        let mut panels = Buffer::zeroed(count * panel_len / 4)?;
+        bytes_of_mut(&mut panels).fill(bytes.offset());
+        Ok(Int8Rhs { bytes, panels, panel_len, scales: vec![0.0; count * PANEL], outputs, depth })
+    }
+
+    /// The nearest bytes of a weight (O, K), by the largest magnitude of each row.
+    pub fn quantize<T: Float>(w: &[T], outputs: usize, depth: usize) -> Result<Self> {
+        let mut new = Self::zeros(outputs, depth)?;
+        let (mut values, mut sums) = (vec![0; outputs * depth], vec![0; outputs]);
+        quantize_rows(&mut values, &mut new.scales[..outputs], &mut sums, w, depth, depth, threads::num_threads())?;
+        if let Some(o) = new.scales.iter().position(|scale| scale.is_nan()) {
+            bail!(NonFinite, "int8: row {o} of a weight has numbers that are not finite");
         }
-        Ok(Int8Rhs { panels, panel_len: steps * STEP * PANEL, scales, outputs, depth })
+        new.set(&values)?;
+        Ok(new)
+    }
+
+    /// Takes the bytes (O, K), none of them −128.
+    pub fn set(&mut self, values: &[i8]) -> Result<()> {
+        debug_assert_eq!(values.len(), self.outputs * self.depth);
+        let (offset, depth) = (self.bytes.offset(), self.depth.max(1));
+        let panels = bytes_of_mut(&mut self.panels).chunks_mut(self.panel_len.max(1)).zip(values.chunks(PANEL * depth));
+        threads::for_each(panels, |(panel, rows)| {
+            for (o, row) in rows.chunks(depth).enumerate() {
+                for (k, &w) in row.iter().enumerate() {
+                    panel[place(o, k)] = w.cast_unsigned().wrapping_add(offset);
+                }
+            }
+        })
+    }
+
+    /// The bytes of one output, (K,).
+    pub fn row(&self, output: usize) -> impl Iterator<Item = i8> + '_ {
+        let panel = self.panel(output / PANEL..output / PANEL + 1);
+        (0..self.depth).map(move |k| panel[place(output % PANEL, k)].wrapping_sub(self.bytes.offset()).cast_signed())
+    }
+
+    /// All bytes, (O, K).
+    pub fn values(&self) -> Vec<i8> {
+        (0..self.outputs).flat_map(|output| self.row(output)).collect()
+    }
+
+    /// The scale of each output, (O,).
+    pub fn scales(&self) -> &[f32] {
+        &self.scales[..self.outputs]
+    }
+
+    /// The same, to be set.
+    pub fn scales_mut(&mut self) -> &mut [f32] {
+        &mut self.scales[..self.outputs]
     }
 
     pub(super) fn panels(&self) -> usize {
@@ -61,6 +96,11 @@ impl Int8Rhs {
         let len = self.panel_len;
         &bytes_of(&self.panels)[range.start * len..range.end * len]
     }
+}
+
+/// Where in a panel the byte of an output at a place of the depth is.
+fn place(output: usize, k: usize) -> usize {
+    k / STEP * STEP * PANEL + output * STEP + k % STEP
 }
 
 fn bytes_of(numbers: &[f32]) -> &[u8] {

@@ -1,9 +1,8 @@
 //! Rows of numbers to bytes with a scale.
 
-use super::MAX_DEPTH;
 use crate::error::Result;
 use crate::simd::{Float, Simd, prefetch};
-use crate::{bail, ensure, kernel, threads};
+use crate::{kernel, threads};
 
 /// The largest byte: −128 is left out, so that magnitudes fit as well.
 const LARGEST: f64 = 127.0;
@@ -109,39 +108,4 @@ pub fn quantize_rows<T: Float>(
     let parts = (q.chunks_mut(rows * stride).zip(scales.chunks_mut(rows)))
         .zip(sums.chunks_mut(rows).zip(x.chunks(rows * depth)));
     threads::for_each(parts, |((q, scales), (sums, x))| some(q, scales, sums, x, depth, stride))
-}
-
-/// A weight (O, K) in int8, as it stands in a file: bytes row by row, and a scale for each row.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Int8Matrix {
-    /// (O, K), none of them −128
-    pub values: Vec<i8>,
-    /// (O,)
-    pub scales: Vec<f32>,
-    /// K
-    pub depth: usize,
-}
-
-impl Int8Matrix {
-    /// Zeros, for values that come from elsewhere.
-    pub fn zeros(outputs: usize, depth: usize) -> Result<Self> {
-        ensure!(depth <= MAX_DEPTH, Unsupported, "int8: sums of {depth} products are longer than {MAX_DEPTH}");
-        let mut values = Vec::new();
-        if values.try_reserve_exact(outputs * depth).is_err() {
-            bail!(OutOfMemory, "int8: cannot allocate {outputs} x {depth} bytes for a weight");
-        }
-        values.resize(outputs * depth, 0);
-        Ok(Int8Matrix { values, scales: vec![0.0; outputs], depth })
-    }
-
-    /// The nearest bytes of a weight (O, K), by the largest magnitude of each row.
-    pub fn quantize<T: Float>(w: &[T], outputs: usize, depth: usize) -> Result<Self> {
-        let mut matrix = Self::zeros(outputs, depth)?;
-        let Int8Matrix { values, scales, .. } = &mut matrix;
-        quantize_rows(values, scales, &mut vec![0; outputs], w, depth, depth, threads::num_threads())?;
-        if let Some(o) = scales.iter().position(|scale| scale.is_nan()) {
-            bail!(NonFinite, "int8: row {o} of a weight has numbers that are not finite");
-        }
-        Ok(matrix)
-    }
 }

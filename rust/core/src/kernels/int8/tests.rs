@@ -28,17 +28,27 @@ fn quantized(x: &[f32], depth: usize) -> (Vec<i8>, Vec<f32>) {
     (q, scales)
 }
 
+/// A weight as the products of this path read it.
+fn packed(bytes: Bytes, w: &[f32], depth: usize) -> [Arc<Int8Rhs>; 1] {
+    let (values, scales) = quantized(w, depth);
+    let mut packed = Int8Rhs::by(bytes, scales.len(), depth).unwrap();
+    packed.set(&values).unwrap();
+    packed.scales_mut().copy_from_slice(&scales);
+    [Arc::new(packed)]
+}
+
 #[test]
 fn every_path_gives_the_integers_of_the_reference() {
     for (rows, depth, outputs) in SHAPES {
         let (x, w) = (normal::<f32>(rows * depth, 1), normal::<f32>(outputs * depth, 2));
         let (q, x_scales) = quantized(&x, depth);
-        let w = Int8Matrix::quantize(&w, outputs, depth).unwrap();
-        let expected = product_reference((&q, &x_scales), (&w.values, &w.scales), depth);
+        let (values, scales) = quantized(&w, depth);
+        let expected = product_reference((&q, &x_scales), (&values, &scales), depth);
         for bytes in Bytes::all() {
-            let packed = Int8Rhs::by(bytes, &[&w]).unwrap();
+            let w = packed(bytes, &w, depth);
+            assert!(w[0].values() == values && w[0].scales() == scales);
             let mut y = vec![f32::NAN; rows * outputs];
-            product_by(bytes, &mut y, &x, &packed, &NoEpilogue).unwrap();
+            product_by(bytes, &mut y, &x, &w, &NoEpilogue).unwrap();
             assert!(y == expected, "{bytes:?}: {rows} x {depth} x {outputs}");
         }
     }
@@ -49,16 +59,15 @@ fn the_largest_sums_are_exact() {
     let (depth, outputs) = (20_000, 33);
     let x = vec![1.0f32; depth];
     for sign in [1.0f32, -1.0] {
-        let w = Int8Matrix::quantize(&vec![sign; outputs * depth], outputs, depth).unwrap();
+        let w = vec![sign; outputs * depth];
         for bytes in Bytes::all() {
-            let packed = Int8Rhs::by(bytes, &[&w]).unwrap();
             let mut y = vec![f32::NAN; outputs];
-            product_by(bytes, &mut y, &x, &packed, &NoEpilogue).unwrap();
+            product_by(bytes, &mut y, &x, &packed(bytes, &w, depth), &NoEpilogue).unwrap();
             let sum = (127 * 127 * depth as i32) as f32 * (1.0f32 / 127.0 * (1.0f32 / 127.0));
             assert_eq!(y, vec![sign * sum; outputs], "{bytes:?}");
         }
     }
-    assert!(Int8Matrix::quantize(&[0.0f32; MAX_DEPTH + 1], 1, MAX_DEPTH + 1).is_err());
+    assert!(Int8Rhs::quantize(&[0.0f32; MAX_DEPTH + 1], 1, MAX_DEPTH + 1).is_err());
 }
 
 #[test]
@@ -70,7 +79,7 @@ fn whole_numbers_up_to_127_are_exact_in_both_types_with_an_epilogue() {
         };
         let (x, w) = (whole(rows * depth, 37), whole(outputs * depth, 91));
         let numbers = |whole: &[i32]| -> Vec<T> { whole.iter().map(|&i| T::from_f64(f64::from(i))).collect() };
-        let packed = Int8Rhs::new(&[&Int8Matrix::quantize(&numbers(&w), outputs, depth).unwrap()]).unwrap();
+        let packed = [Arc::new(Int8Rhs::quantize(&numbers(&w), outputs, depth).unwrap())];
         let bias: Vec<i32> = (0..outputs as i32).collect();
         let mut y = vec![T::NAN; rows * outputs];
         product(&mut y, &numbers(&x), &packed, &Affine::bias(&numbers(&bias))).unwrap();
@@ -105,8 +114,7 @@ fn a_row_is_rounded_to_the_nearest_by_its_own_scale() {
 fn a_row_has_the_same_bits_alone_in_a_batch_and_on_any_threads() {
     let (rows, depth, outputs) = (230, 192, 160);
     let x: Vec<f32> = normal(rows * depth, 1);
-    let w = Int8Matrix::quantize(&normal::<f32>(outputs * depth, 2), outputs, depth).unwrap();
-    let packed = Int8Rhs::new(&[&w]).unwrap();
+    let packed = [Arc::new(Int8Rhs::quantize(&normal::<f32>(outputs * depth, 2), outputs, depth).unwrap())];
     let bias: Vec<f32> = normal(outputs, 3);
     let epilogue = Affine { bias: Some(&bias), activation: Identity, dropout: None, residual: None };
     let run = |x: &[f32]| {
@@ -124,29 +132,39 @@ fn a_row_has_the_same_bits_alone_in_a_batch_and_on_any_threads() {
 }
 
 #[test]
-fn weights_that_stand_together_are_those_alone() {
+fn weights_that_stand_side_by_side_are_those_alone() {
     let depth = 48;
-    let x: Vec<f32> = normal(9 * depth, 1);
-    let parts = [5, 32, 70].map(|o| Int8Matrix::quantize(&normal::<f32>(o * depth, o as u64), o, depth).unwrap());
-    let mut together = vec![f32::NAN; 9 * 107];
-    let all: Vec<_> = parts.iter().collect();
-    product(&mut together, &x, &Int8Rhs::new(&all).unwrap(), &NoEpilogue).unwrap();
-    let mut first = 0;
-    for w in &parts {
-        let outputs = w.scales.len();
-        let mut y = vec![f32::NAN; 9 * outputs];
-        product(&mut y, &x, &Int8Rhs::new(&[w]).unwrap(), &NoEpilogue).unwrap();
-        for (y, row) in y.chunks(outputs).zip(together.chunks(107)) {
-            assert_eq!(*y, row[first..first + outputs]);
+    for widths in [[5, 32, 70], [160, 16, 33]] {
+        let outputs: usize = widths.iter().sum();
+        let x: Vec<f32> = normal(300 * depth, 1);
+        let bias: Vec<f32> = normal(outputs, 3);
+        for bytes in Bytes::all() {
+            let parts = widths.map(|o| packed(bytes, &normal::<f32>(o * depth, o as u64), depth)[0].clone());
+            for (rows, threads) in [(1, 1), (9, 1), (9, 3), (300, 2)] {
+                let mut together = vec![f32::NAN; rows * outputs];
+                let x = &x[..rows * depth];
+                let all = || product_by(bytes, &mut together, x, &parts, &Affine::bias(&bias));
+                with_local_limit(threads, all).unwrap();
+                let mut first = 0;
+                for w in &parts {
+                    let mut y = vec![f32::NAN; rows * w.outputs];
+                    let bias = &bias[first..first + w.outputs];
+                    product_by(bytes, &mut y, x, std::slice::from_ref(w), &Affine::bias(bias)).unwrap();
+                    for (y, row) in y.chunks(w.outputs).zip(together.chunks(outputs)) {
+                        assert_eq!(*y, row[first..first + w.outputs], "{bytes:?}: {widths:?}, {rows} rows");
+                    }
+                    first += w.outputs;
+                }
+            }
         }
-        first += outputs;
     }
 }
 
 #[test]
 fn what_does_not_fit_is_said_and_no_rows_are_fine() {
-    let w = Int8Matrix::quantize(&[1.0f32; 6], 2, 3).unwrap();
-    let packed = Int8Rhs::new(&[&w]).unwrap();
+    let packed = [Arc::new(Int8Rhs::quantize(&[1.0f32; 6], 2, 3).unwrap())];
+    let other = Arc::new(Int8Rhs::quantize(&[1.0f32; 8], 2, 4).unwrap());
+    assert!(product::<f32, _>(&mut [0.0; 4], &[0.0; 3], &[packed[0].clone(), other], &NoEpilogue).is_err());
     assert!(product::<f32, _>(&mut [0.0; 4], &[0.0; 5], &packed, &NoEpilogue).is_err());
     product::<f32, _>(&mut [], &[], &packed, &NoEpilogue).unwrap();
 }
