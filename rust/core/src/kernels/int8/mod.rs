@@ -49,19 +49,8 @@ const LEAST_ROWS: usize = 8;
 
 /// y (R, ΣO) = epilogue(x Wᵀ), with x (R, K) brought to int8 row by row: the results of several weights side by side.
 pub fn product<T: Float, E: Epilogue<T>>(y: &mut [T], x: &[T], weights: &[Arc<Int8Rhs>], epilogue: &E) -> Result<()> {
-    product_by(Bytes::best(), y, x, weights, epilogue)
-}
-
-fn product_by<T: Float, E: Epilogue<T>>(
-    bytes: Bytes,
-    y: &mut [T],
-    x: &[T],
-    weights: &[Arc<Int8Rhs>],
-    epilogue: &E,
-) -> Result<()> {
-    let w = Group::of(weights);
+    let w = Group::of(weights)?;
     let (depth, outputs) = (w.depth, w.outputs);
-    ensure!(weights.iter().all(|w| w.depth == depth), Shape, "int8: weights of one depth stand side by side");
     let rows = y.len().checked_div(outputs).unwrap_or(0);
     ensure!(
         x.len() == rows * depth && y.len() == rows * outputs,
@@ -76,20 +65,13 @@ fn product_by<T: Float, E: Epilogue<T>>(
     }
     let work = rows.max(LEAST_ROWS).saturating_mul(outputs).saturating_mul(depth);
     if work < SERIAL_BELOW {
-        return run(bytes, y, x, w, epilogue, 1);
+        return run(y, x, w, epilogue, 1);
     }
-    threads::section(None, || run(bytes, y, x, w, epilogue, threads::num_threads()))
+    threads::section(None, || run(y, x, w, epilogue, threads::num_threads()))
 }
 
-fn run<T: Float, E: Epilogue<T>>(
-    bytes: Bytes,
-    y: &mut [T],
-    x: &[T],
-    w: Group<'_>,
-    epilogue: &E,
-    workers: usize,
-) -> Result<()> {
-    let (depth, outputs) = (w.depth, w.outputs);
+fn run<T: Float, E: Epilogue<T>>(y: &mut [T], x: &[T], w: Group<'_>, epilogue: &E, workers: usize) -> Result<()> {
+    let Group { bytes, depth, outputs, .. } = w;
     let rows = y.len() / outputs;
     let stride = bytes.depth(depth);
     // For each row its bytes, its scale and the sum of its bytes, in memory for f32.
@@ -109,9 +91,9 @@ fn run<T: Float, E: Epilogue<T>>(
             let (rows, panels) = grid.block(index);
             let Neighbours { first, then } = grid.neighbours(index, workers);
             SCRATCH.with_borrow_mut(|scratch| {
-                for part in w.parts(panels.clone()) {
-                    let cold = first && part.begins == panels.start;
-                    let next = if part.ends < panels.end { Some(part.ends) } else { then };
+                for (i, part) in w.parts(panels.clone()).enumerate() {
+                    let cold = first && i == 0;
+                    let next = if part.end < panels.end { Some(part.end) } else { then };
                     block(bytes, scratch, &out, x, &part, epilogue, rows.clone(), cold, next.map(|next| w.start(next)));
                 }
             });
@@ -128,6 +110,7 @@ fn run<T: Float, E: Epilogue<T>>(
 #[derive(Clone, Copy)]
 struct Group<'a> {
     weights: &'a [Arc<Int8Rhs>],
+    bytes: Bytes,
     outputs: usize,
     depth: usize,
 }
@@ -135,18 +118,19 @@ struct Group<'a> {
 /// Some panels of one of them.
 struct Part<'a> {
     w: &'a Int8Rhs,
-    /// Among those of the weight, and among all.
     panels: Range<usize>,
-    begins: usize,
-    ends: usize,
+    /// The one behind them, as all are counted.
+    end: usize,
     /// The column of y of the weight's first output.
     column: usize,
 }
 
 impl<'a> Group<'a> {
-    fn of(weights: &'a [Arc<Int8Rhs>]) -> Self {
-        let outputs = weights.iter().map(|w| w.outputs).sum();
-        Group { weights, outputs, depth: weights.first().map_or(0, |w| w.depth) }
+    fn of(weights: &'a [Arc<Int8Rhs>]) -> Result<Self> {
+        let (bytes, depth) = weights.first().map_or((Bytes::Portable, 0), |w| (w.bytes, w.depth));
+        let fits = weights.iter().all(|w| (w.bytes, w.depth) == (bytes, depth));
+        ensure!(fits, Shape, "int8: weights that stand side by side have one depth");
+        Ok(Group { weights, bytes, outputs: weights.iter().map(|w| w.outputs).sum(), depth })
     }
 
     fn panels(self) -> usize {
@@ -159,9 +143,8 @@ impl<'a> Group<'a> {
         self.weights.iter().filter_map(move |w| {
             let (here, of_w) = (first..first + w.panels(), column);
             (first, column) = (here.end, column + w.outputs);
-            let (begins, ends) = (panels.start.max(here.start), panels.end.min(here.end));
-            let part = || Part { w, panels: begins - here.start..ends - here.start, begins, ends, column: of_w };
-            (begins < ends).then(part)
+            let (start, end) = (panels.start.max(here.start), panels.end.min(here.end));
+            (start < end).then(|| Part { w, panels: start - here.start..end - here.start, end, column: of_w })
         })
     }
 

@@ -10,7 +10,7 @@ use std::ops::Range;
 /// A weight (O, K) in int8, for each row a scale: for each panel of outputs, for each four of the depth, the bytes of all outputs.
 #[derive(Debug)]
 pub struct Int8Rhs {
-    bytes: Bytes,
+    pub(super) bytes: Bytes,
     /// Bytes, in memory for f32.
     panels: Buffer<f32>,
     /// Bytes of one of them.

@@ -48,7 +48,7 @@ fn every_path_gives_the_integers_of_the_reference() {
             let w = packed(bytes, &w, depth);
             assert!(w[0].values() == values && w[0].scales() == scales);
             let mut y = vec![f32::NAN; rows * outputs];
-            product_by(bytes, &mut y, &x, &w, &NoEpilogue).unwrap();
+            product(&mut y, &x, &w, &NoEpilogue).unwrap();
             assert!(y == expected, "{bytes:?}: {rows} x {depth} x {outputs}");
         }
     }
@@ -62,7 +62,7 @@ fn the_largest_sums_are_exact() {
         let w = vec![sign; outputs * depth];
         for bytes in Bytes::all() {
             let mut y = vec![f32::NAN; outputs];
-            product_by(bytes, &mut y, &x, &packed(bytes, &w, depth), &NoEpilogue).unwrap();
+            product(&mut y, &x, &packed(bytes, &w, depth), &NoEpilogue).unwrap();
             let sum = (127 * 127 * depth as i32) as f32 * (1.0f32 / 127.0 * (1.0f32 / 127.0));
             assert_eq!(y, vec![sign * sum; outputs], "{bytes:?}");
         }
@@ -143,13 +143,13 @@ fn weights_that_stand_side_by_side_are_those_alone() {
             for (rows, threads) in [(1, 1), (9, 1), (9, 3), (300, 2)] {
                 let mut together = vec![f32::NAN; rows * outputs];
                 let x = &x[..rows * depth];
-                let all = || product_by(bytes, &mut together, x, &parts, &Affine::bias(&bias));
+                let all = || product(&mut together, x, &parts, &Affine::bias(&bias));
                 with_local_limit(threads, all).unwrap();
                 let mut first = 0;
                 for w in &parts {
                     let mut y = vec![f32::NAN; rows * w.outputs];
                     let bias = &bias[first..first + w.outputs];
-                    product_by(bytes, &mut y, x, std::slice::from_ref(w), &Affine::bias(bias)).unwrap();
+                    product(&mut y, x, std::slice::from_ref(w), &Affine::bias(bias)).unwrap();
                     for (y, row) in y.chunks(w.outputs).zip(together.chunks(outputs)) {
                         assert_eq!(*y, row[first..first + w.outputs], "{bytes:?}: {widths:?}, {rows} rows");
                     }
