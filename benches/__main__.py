@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def origin(record: dict[str, Any]) -> str:
     words[:0] = [f"{name} {number}" for name, number in record.get("rivals", {}).items()]
     return (
         f"{record['date']}, `{record['command']}`, {record['seconds']:.0f} s: {about['threads']} threads on {about['cores']} cores of an {about['cpu']} "
-        f"({build['isa']}{', BF16' if build['avx512_bf16'] else ''}); {', '.join(words)}. Peak in that run: {peak['gflops']:.1f} GFLOP/s (f32), "
+        f"({build['isa']}{', BF16' if build['avx512_bf16'] else ''}); {', '.join(words)}. Peak just before: {peak['gflops']:.1f} GFLOP/s (f32), "
         f"{peak['read']:.1f} GB/s read, {peak['copy']:.1f} GB/s copied."
     )
 
@@ -87,6 +88,9 @@ def origin(record: dict[str, Any]) -> str:
 def measure(section: Section, options: Options, command: str) -> dict[str, Any]:
     print(f"\n{section.title}", flush=True)
     start = time.perf_counter()
+    # For each section anew: what the memory gives can change within minutes where machines are shared.
+    options = replace(options, peak=core.peak(options.threads, 0.5))
+    print({name: round(rate, 1) for name, rate in options.peak.items()}, flush=True)
     rows = section.measure(options)
     record = {
         "date": datetime.date.today().isoformat(),
@@ -129,9 +133,7 @@ def main() -> None:
 
     for variable in ("OMP_NUM_THREADS", "TRANSFORMER_RS_NUM_THREADS"):
         os.environ[variable] = str(options.threads)
-    peak = core.peak(options.threads, 1.0)
-    print({name: round(rate, 1) for name, rate in peak.items()}, flush=True)
-    told = Options(options.threads, options.turns, peak, options.only)
+    told = Options(options.threads, options.turns, peak={}, names=options.only)
     command = " ".join(["python -m benches", *sys.argv[1:]])
     chosen = [
         section

@@ -37,7 +37,7 @@ class Options:
 
     threads: int
     turns: int
-    peak: dict[str, float]  # GFLOP/s and GB/s of that many threads, measured in this run
+    peak: dict[str, float]  # GFLOP/s and GB/s of that many threads, measured before the section
     names: list[str]  # of what to measure; empty: everything
 
 

@@ -38,7 +38,11 @@ impl Int8Rhs {
     /// The nearest bytes of a weight (O, K), by the largest magnitude of each row.
     pub fn quantize<T: Float>(w: &[T], outputs: usize, depth: usize) -> Result<Self> {
         let mut new = Self::zeros(outputs, depth)?;
-        let (mut values, mut sums) = (vec![0; outputs * depth], vec![0; outputs]);
+        let (mut values, mut sums) = (Vec::new(), vec![0; outputs]);
+        if values.try_reserve_exact(outputs * depth).is_err() {
+            bail!(OutOfMemory, "int8: cannot allocate {outputs} x {depth} bytes for a weight");
+        }
+        values.resize(outputs * depth, 0);
         quantize_rows(&mut values, &mut new.scales[..outputs], &mut sums, w, depth, depth, threads::num_threads())?;
         if let Some(o) = new.scales.iter().position(|scale| scale.is_nan()) {
             bail!(NonFinite, "int8: row {o} of a weight has numbers that are not finite");
