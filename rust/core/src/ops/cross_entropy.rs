@@ -110,7 +110,7 @@ impl<T: Float> Operation<T> for OfLogits {
 /// How many of these rows have their logits at a time. At least so many that packing the weight, anew for each chunk, is cheap
 /// beside the products, and for small vocabularies some megabytes; less than twice as many, and no chunk is much shorter.
 fn chunk_rows(rows: usize, vocabulary: usize) -> usize {
-    let least = ((1 << 20) / vocabulary).clamp(512, 4096);
+    let least = ((1 << 20) / vocabulary).clamp(320, 4096);
     rows.div_ceil((rows / least).max(1)).max(1)
 }
 
@@ -330,8 +330,8 @@ mod tests {
 
     /// The fused operation and its parts, over several chunks.
     fn fused_and_composed(ignored: usize, freeze: bool) -> [(testing::Outcome<f64>, CrossEntropy); 2] {
-        let (rows, d, v) = (3 * 512 + 31, 6, 5000);
-        assert_eq!((chunk_rows(rows, v), chunk_rows(511, v), chunk_rows(0, v)), (523, 511, 1));
+        let (rows, d, v) = (3 * 320 + 31, 6, 5000);
+        assert_eq!((chunk_rows(rows, v), chunk_rows(319, v), chunk_rows(0, v)), (331, 319, 1));
         let (mut params, ids) = testing::params::<f64>(&[&[v, d], &[v]]);
         params.set_trainable(ids[0], !freeze);
         let (x, targets) = ([testing::normal(rows, d, 1)], targets(rows, v, ignored));
