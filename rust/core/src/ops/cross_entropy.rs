@@ -108,7 +108,8 @@ impl<T: Float> Operation<T> for OfLogits {
 }
 
 /// How many of these rows have their logits at a time. At least so many that packing the weight, anew for each chunk, is cheap
-/// beside the products, and for small vocabularies some megabytes; less than twice as many, and no chunk is much shorter.
+/// beside the products, and for small vocabularies some megabytes; less than twice as many, and no chunk is much shorter. What is
+/// computed of a row does not depend on it.
 fn chunk_rows(rows: usize, vocabulary: usize) -> usize {
     let least = ((1 << 20) / vocabulary).clamp(320, 4096);
     rows.div_ceil((rows / least).max(1)).max(1)

@@ -79,6 +79,8 @@ pub struct Pool<T> {
 
 /// The most numbers of a small buffer; what is left of a large one is longer too.
 const SMALL: usize = 1 << 16;
+/// Numbers of a block at most, where fewer suffice: half a GiB of f32.
+const LONGEST: usize = 1 << 27;
 /// Numbers of a block of small buffers: where there are as many, these lie side by side on huge pages.
 const BLOCK: usize = 1 << 21;
 /// Large buffers have whole pages of f32, and a cache line more: equal places in two of them are not equal places in a page.
@@ -104,8 +106,9 @@ impl<T: Float> Pool<T> {
         let enough = self.large.iter().enumerate().filter(|(_, buffer)| buffer.len() >= len);
         let mut buffer = match enough.min_by_key(|(_, buffer)| buffer.len()).map(|(at, _)| at) {
             Some(at) => self.large.swap_remove(at),
-            // Each block is as long as all before it, and its pages come when they are first used.
-            None => self.make(len.max(self.held))?,
+            // A block is as long as all before it, so that there are few, and its pages come when they are first used. Where the
+            // system does not promise so many, one that suffices.
+            None => self.make(len.max(self.held.min(LONGEST))).or_else(|_| self.make(len))?,
         };
         if buffer.len() - len > SMALL {
             let rest = buffer.split_off(len);
@@ -249,6 +252,18 @@ mod tests {
             pool.recycle(one);
         }
         assert_eq!(bytes[0], bytes[1], "the one came out of what many left, and broke nothing");
+    }
+
+    #[test]
+    fn a_block_has_its_limit_and_a_refusal_leaves_the_pool_as_it_was() {
+        let (mut pool, n) = (Pool::<f32>::default(), 2 * SMALL);
+        pool.held = usize::MAX / 16;
+        drop(pool.tensor(1, n).unwrap());
+        assert_eq!(pool.bytes(), (LONGEST - n - GAP) * size_of::<f32>());
+        // More than there are addresses.
+        let error = pool.tensor(1, usize::MAX / 32).unwrap_err();
+        assert!(matches!(error, crate::error::Error::OutOfMemory(_)), "{error}");
+        assert_eq!(pool.bytes(), (LONGEST - n - GAP) * size_of::<f32>());
     }
 
     #[test]
