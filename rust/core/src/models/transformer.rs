@@ -162,8 +162,12 @@ impl Transformer {
     pub fn encode<T: Float>(&self, tape: &mut Tape<T>, params: &Params<T>, src: &[u32], rows: &Rows) -> Result<Var> {
         tape.scope(|tape| {
             let x = self.source.forward(tape, params, src, rows)?;
-            self.encoder.forward(tape, params, x, rows, &Masks::default(), None)
+            self.encode_embedded(tape, params, x, rows)
         })
+    }
+
+    fn encode_embedded<T: Float>(&self, tape: &mut Tape<T>, params: &Params<T>, x: Var, rows: &Rows) -> Result<Var> {
+        self.encoder.forward(tape, params, x, rows, &Masks::default(), None)
     }
 
     /// Decoder input ids (R,) and the memory -> hidden states (R, D).
@@ -183,11 +187,34 @@ impl Transformer {
             rows.sequences(),
             memory_rows.sequences()
         );
-        let causal = Masks { causal: true, ..Masks::default() };
         tape.scope(|tape| {
             let x = self.target.forward(tape, params, tgt_in, rows)?;
-            let memory = (memory, memory_rows, &Masks::default());
-            self.decoder.forward(tape, params, x, rows, &causal, Some(memory))
+            self.decode_embedded(tape, params, x, rows, memory, memory_rows)
+        })
+    }
+
+    fn decode_embedded<T: Float>(
+        &self,
+        tape: &mut Tape<T>,
+        params: &Params<T>,
+        x: Var,
+        rows: &Rows,
+        memory: Var,
+        memory_rows: &Rows,
+    ) -> Result<Var> {
+        let causal = Masks { causal: true, ..Masks::default() };
+        let memory = (memory, memory_rows, &Masks::default());
+        self.decoder.forward(tape, params, x, rows, &causal, Some(memory))
+    }
+
+    /// The hidden states (R, D) that say the targets of a batch. Source and target are embedded first: the gradients of the
+    /// tables, as large as these, then come last, when the values of all layers have gone.
+    fn hidden<T: Float>(&self, tape: &mut Tape<T>, params: &Params<T>, batch: &Batch) -> Result<Var> {
+        tape.scope(|tape| {
+            let src = self.source.forward(tape, params, &batch.src, &batch.src_rows)?;
+            let tgt = self.target.forward(tape, params, &batch.tgt_in, &batch.tgt_rows)?;
+            let memory = tape.scope(|tape| self.encode_embedded(tape, params, src, &batch.src_rows))?;
+            self.decode_embedded(tape, params, tgt, &batch.tgt_rows, memory, &batch.src_rows)
         })
     }
 
@@ -213,16 +240,14 @@ impl Transformer {
         batch: &Batch,
         label_smoothing: f64,
     ) -> Result<CrossEntropy> {
-        let memory = self.encode(tape, params, &batch.src, &batch.src_rows)?;
-        let hidden = self.decode(tape, params, &batch.tgt_in, &batch.tgt_rows, memory, &batch.src_rows)?;
+        let hidden = self.hidden(tape, params, batch)?;
         let (weight, bias) = (self.head.weight(), self.head.bias());
         ops::linear_cross_entropy(tape, params, hidden, weight, bias, &batch.tgt_out, label_smoothing)
     }
 
     /// The log-probability of every target token, EOS last: a row of each target after the other.
     pub fn score<T: Float>(&self, tape: &mut Tape<T>, params: &Params<T>, batch: &Batch) -> Result<Vec<T>> {
-        let memory = self.encode(tape, params, &batch.src, &batch.src_rows)?;
-        let hidden = self.decode(tape, params, &batch.tgt_in, &batch.tgt_rows, memory, &batch.src_rows)?;
+        let hidden = self.hidden(tape, params, batch)?;
         ops::token_logprobs(tape, params, hidden, self.head.weight(), self.head.bias(), &batch.tgt_out)
     }
 
@@ -233,8 +258,7 @@ impl Transformer {
         params: &Params<T>,
         batch: &Batch,
     ) -> Result<Tensor<T>> {
-        let memory = self.encode(tape, params, &batch.src, &batch.src_rows)?;
-        let hidden = self.decode(tape, params, &batch.tgt_in, &batch.tgt_rows, memory, &batch.src_rows)?;
+        let hidden = self.hidden(tape, params, batch)?;
         let logits = self.logits(tape, params, hidden)?;
         ops::log_probabilities(tape, logits)
     }
