@@ -10,6 +10,10 @@ use std::sync::Mutex;
 use crate::error::Result;
 use crate::simd::{Buffer, Float};
 
+/// Bytes of a block at least, enough for most calls: its pages come when they are first used, and shorter ones that had to grow
+/// would stay behind with the allocator.
+const SHORTEST: usize = 8 << 20;
+
 static STASH: Mutex<Vec<Box<dyn Any + Send>>> = Mutex::new(Vec::new());
 
 /// Calls `body` with `len` numbers of unspecified value, or with none if `len` is 0.
@@ -20,7 +24,7 @@ pub(in crate::kernels) fn with<T: Float, R>(len: usize, body: impl FnOnce(&mut [
     let mut block = take::<T>().unwrap_or_default();
     if block.len() < len {
         *block = Buffer::default(); // frees before it allocates
-        *block = Buffer::zeroed(len.next_power_of_two())?;
+        *block = Buffer::zeroed(len.next_power_of_two().max(SHORTEST / size_of::<T>()))?;
     }
     let result = body(&mut block[..len]);
     if let Ok(mut stash) = STASH.lock() {
