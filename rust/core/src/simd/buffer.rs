@@ -60,14 +60,19 @@ impl<T> Buffer<T> {
         Buffer { memory: self.memory.clone(), start, len }
     }
 
-    /// Whether it was split and other parts are in use.
-    pub fn is_part(&self) -> bool {
-        Arc::strong_count(&self.memory) > 1
+    /// How many parts its memory was split into, those that were dropped or joined not counted.
+    pub fn parts(&self) -> usize {
+        Arc::strong_count(&self.memory)
+    }
+
+    /// Whether `other` is a part of the same memory.
+    pub fn is_beside(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.memory, &other.memory)
     }
 
     /// Whether `next` lies right behind it, split off once.
     pub fn touches(&self, next: &Self) -> bool {
-        Arc::ptr_eq(&self.memory, &next.memory) && self.start.as_ptr().wrapping_add(self.len) == next.start.as_ptr()
+        self.is_beside(next) && self.start.as_ptr().wrapping_add(self.len) == next.start.as_ptr()
     }
 
     /// Takes in again what lies right behind.

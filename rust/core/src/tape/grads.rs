@@ -82,7 +82,7 @@ impl<T: Float> Grads<T> {
         }
         if known.is_none() {
             if self.blocks[first].as_ref().is_none_or(|waits| waits.len() != end) {
-                let new = pool.tensor(1, end)?;
+                let new = pool.lasting(1, end)?;
                 self.blocks[first].replace(new).into_iter().for_each(|old| pool.recycle(old));
             }
             let mut at = 0;

@@ -8,6 +8,7 @@ mod gradcheck;
 mod grads;
 mod layout;
 mod params;
+mod pool;
 mod tensor;
 
 pub use backward::{Backward, Operation, VarGrads};
@@ -16,7 +17,8 @@ pub use grads::Grads;
 pub use layout::{Builder, Entry, Init, Layout, ParamId, StatId, Stored};
 pub(crate) use params::check_bf16;
 pub use params::{CompactRhs, Params};
-pub use tensor::{Pool, Tensor};
+pub use pool::Pool;
+pub use tensor::Tensor;
 
 use crate::bail;
 use crate::error::Result;
