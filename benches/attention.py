@@ -22,6 +22,7 @@ from benches.common import (
 )
 
 GOAL = 1.5
+TURNS = 5  # at most: the ten minutes of `make bench` are short
 SECONDS = 2.5  # for the turns of a case that is slow; at least three
 
 
@@ -119,7 +120,7 @@ def measure(options: Options) -> list[Row]:
     for job in cases:
         for player in players.values():
             player.prepare(2, job)
-        turns = max(3, min(options.turns, int(SECONDS / sum(player.seconds for player in players.values()))))
+        turns = max(3, min(options.turns, TURNS, int(SECONDS / sum(player.seconds for player in players.values()))))
         for _ in range(turns):
             for player in players.values():
                 player.turn()

@@ -24,7 +24,7 @@ from benches.steps import SHAPES, Job, Ours
 NAMES = ("small", "base")
 THREADS = (2, 4, 8, 16)
 GOALS = {2: 1.9}
-TURNS = 4  # at most
+TURNS = 3  # at most
 
 
 def measure(options: Options) -> list[Row]:
