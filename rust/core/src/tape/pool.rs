@@ -123,6 +123,9 @@ impl<T: Float> Pool<T> {
     /// Frees memory until at most so many bytes wait: whole blocks, the largest first, then all small buffers.
     pub fn shrink(&mut self, most: usize) {
         let mut excess = self.bytes().saturating_sub(most);
+        if excess == 0 {
+            return;
+        }
         self.blocks.sort_by_key(|block| Reverse(block.used()));
         self.blocks.retain(|block| {
             let goes = excess > 0 && block.is_whole();
