@@ -140,11 +140,11 @@ impl<T: Float> Pool<T> {
         }
     }
 
-    /// Bytes that wait in the pool, without those that were never used.
+    /// Bytes that wait in the pool, without the end of blocks that large buffers never used.
     pub fn bytes(&self) -> usize {
         let small: usize = self.small.iter().map(|(len, buffers)| len * buffers.len()).sum();
         let large: usize = self.blocks.iter().map(Block::used).sum();
-        (small + large) * size_of::<T>()
+        (small + large + self.rest_of_small.len()) * size_of::<T>()
     }
 }
 
