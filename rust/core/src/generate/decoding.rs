@@ -13,7 +13,7 @@ use crate::kernels::top_k::{Entry, top_k};
 use crate::models::{DecoderState, Transformer};
 use crate::profile::{self, Work};
 use crate::rows::Rows;
-use crate::tape::{Params, Pool, Tape, Tensor};
+use crate::tape::{Params, Pool, Tape};
 use crate::threads::{self, for_each};
 use crate::{bail, ensure};
 use std::collections::VecDeque;
@@ -147,8 +147,8 @@ impl Decoding {
             (0..beams.len()).flat_map(|i| (0..rows.length(i)).map(move |at| (i, at))).collect();
         let d = tape.value(hidden)?.cols();
         for (places, first) in places.chunks(PREFIX_ROWS).zip((0..).step_by(PREFIX_ROWS)) {
-            let part =
-                Tensor::from_slice(places.len(), d, &tape.value(hidden)?[first * d..(first + places.len()) * d])?;
+            let mut part = tape.pool.tensor(places.len(), d)?;
+            part.copy_from_slice(&tape.value(hidden)?[first * d..][..places.len() * d]);
             let part = tape.constant(part);
             let logits = model.logits(tape, params, part)?;
             let logits = tape.take(logits)?;
