@@ -142,14 +142,11 @@ fn after_a_step_of_a_shape_nothing_large_is_allocated() {
     let (model, mut params) = transformer(NormKind::Layer, None);
     let mut trainer = Trainer::new(config(), &mut params).unwrap();
     let batch = [reversed(1, 40)];
-    let mut held = Vec::new();
-    for _ in 0..6 {
+    trainer.step(&model, &mut params, &batch).unwrap();
+    let held = trainer.pool_bytes();
+    assert!(held > 0);
+    for _ in 0..4 {
         trainer.step(&model, &mut params, &batch).unwrap();
-        held.push(trainer.pool_bytes());
+        assert_eq!(trainer.pool_bytes(), held);
     }
-    // The second step may find that the first used a small buffer for a smaller one.
-    assert!(
-        held[0] > 100_000 && held[1] <= held[0] + 4096 && held[1..].iter().all(|&bytes| bytes == held[1]),
-        "{held:?}"
-    );
 }
