@@ -3,7 +3,7 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
 use std::time::Duration;
-use transformer_core::generate::{GenerateOptions, Length, hypotheses};
+use transformer_core::generate::{GenerateOptions, Length, Loaded, hypotheses};
 use transformer_core::models::{Transformer, TransformerConfig};
 use transformer_core::rows::Rows;
 use transformer_core::tape::{Params, Pool};
@@ -36,7 +36,20 @@ fn decode(c: &mut Criterion) {
             let mut pool = Pool::default();
             group.throughput(Throughput::Elements((sources * TOKENS) as u64));
             group.bench_function(BenchmarkId::new(format!("beam {beam}"), format!("batch {sources}")), |b| {
-                b.iter(|| black_box(hypotheses(&model, &mut pool, &params, &src, &rows, &options, None).unwrap()));
+                b.iter(|| {
+                    black_box(
+                        hypotheses(
+                            Loaded { layers: &model, params: &params },
+                            None,
+                            &mut pool,
+                            &src,
+                            &rows,
+                            &options,
+                            None,
+                        )
+                        .unwrap(),
+                    )
+                });
             });
         }
     }

@@ -1,7 +1,7 @@
 """The settings of a decoding: checked here for their kind, in the compiled part for their sense."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,9 @@ from ._sequences import same_batch, targets
 from ._values import as_finite, maybe_size, nearest
 from .config import TransformerConfig
 from .errors import ConfigError, DTypeError, ShapeError
+
+if TYPE_CHECKING:
+    from .transformer import Transformer
 
 Processor = Callable[[IntArray, NDArray[np.float32]], ArrayLike]
 
@@ -34,6 +37,7 @@ class DecodingOptions(TypedDict, total=False):
     forced: Mapping[int, int] | None
     prefixes: ArrayLike | None
     logits_processor: Processor | None
+    draft: "Transformer | None"
 
 
 def settings(
@@ -73,6 +77,7 @@ def settings(
         "prefixes": _prefixes(op, config, given("prefixes"), sources),
         "alternatives": as_size(op, "alternatives", alternatives, 0),
         "logits_processor": None if processor is None else _hook(op, config, processor),
+        "draft": _draft(op, given("draft")),
     }
 
 
@@ -134,6 +139,14 @@ def _prefixes(op: str, config: TransformerConfig, value: Any, sources: Ids | Non
     prefixes = targets(op, config, value, None, empty=True, name="prefixes")
     same_batch(op, sources, prefixes, "prefixes")
     return [prefix.tolist() for prefix in prefixes.sequences()]
+
+
+def _draft(op: str, value: Any) -> Any:
+    from .transformer import Transformer  # late, as it decodes by way of this file
+
+    if value is None or isinstance(value, Transformer):
+        return value and value._core
+    raise DTypeError(f"{op}: argument `draft`: expected a Transformer, got {type(value).__name__}")
 
 
 def _hook(op: str, config: TransformerConfig, processor: Processor) -> Processor:

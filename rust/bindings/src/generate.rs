@@ -4,12 +4,16 @@ use crate::arrays::{to_array, with_slice};
 use crate::door;
 use crate::errors::{DTypeError, ShapeError, raise};
 use crate::model::{Model, Sequences};
+use crate::transformer::Transformer;
 use numpy::{PyArray1, PyArrayDyn, PyArrayMethods};
 use pyo3::prelude::*;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use transformer_core::error::{Error, Result};
-use transformer_core::generate::{self, Decoding, GenerateOptions, Hypothesis, Length, Processor, Sampling, Seeds};
+use transformer_core::generate::{
+    self, Decoding, GenerateOptions, Hypothesis, Length, Loaded, Processor, Sampling, Seeds,
+};
+use transformer_core::tape::{Params, Pool};
 
 type Ids<'py> = Bound<'py, PyArray1<i64>>;
 type Floats<'py> = Bound<'py, PyArrayDyn<f32>>;
@@ -69,10 +73,11 @@ pub struct Settings {
     prefixes: Vec<Vec<u32>>,
     alternatives: usize,
     logits_processor: Option<Py<PyAny>>,
+    draft: Option<Py<Transformer>>,
 }
 
 impl Settings {
-    fn split(self) -> (GenerateOptions, Option<Py<PyAny>>) {
+    fn split(self) -> (GenerateOptions, Option<Py<PyAny>>, Option<Arc<Model>>) {
         let sampling = self.sampling.map(|s| {
             let seeds = match s.seed {
                 SeedArgument::Shared(seed) => Seeds::Shared(seed),
@@ -96,7 +101,31 @@ impl Settings {
             alternatives: self.alternatives,
             attention: false,
         };
-        (options, self.logits_processor)
+        (options, self.logits_processor, self.draft.map(|draft| Arc::clone(&draft.get().model)))
+    }
+}
+
+/// Reads the weights of a model and of its draft, with a pool of buffers.
+fn read<R>(
+    model: &Model,
+    draft: Option<&Model>,
+    work: impl FnOnce(Loaded<'_>, Option<Loaded<'_>>, &mut Pool<f32>) -> Result<R>,
+) -> Result<R> {
+    fn loaded<'a>(model: &'a Model, params: &'a Params<f32>) -> Loaded<'a> {
+        Loaded { layers: &model.layers, params }
+    }
+    // A model that is its own draft would only say everything twice.
+    let draft = draft.filter(|draft| !std::ptr::eq(model, *draft));
+    let Some(draft) = draft else { return model.with_pool(|params, pool| work(loaded(model, params), None, pool)) };
+    // Always in the same order: else two calls, each the other's draft, and two writers could wait for each other.
+    if std::ptr::from_ref(model) < std::ptr::from_ref(draft) {
+        model.with_pool(|params, pool| {
+            draft.read(|of_draft| work(loaded(model, params), Some(loaded(draft, of_draft)), pool))
+        })
+    } else {
+        draft.read(|of_draft| {
+            model.with_pool(|params, pool| work(loaded(model, params), Some(loaded(draft, of_draft)), pool))
+        })
     }
 }
 
@@ -160,10 +189,10 @@ pub fn hypotheses<'py>(
     src: &Sequences,
     settings: Settings,
 ) -> PyResult<Vec<Vec<Found<'py>>>> {
-    let (options, function) = settings.split();
+    let (options, function, draft) = settings.split();
     let best = run(py, function.as_ref(), None, |processor| {
-        model.with_pool(|params, pool| {
-            generate::hypotheses(&model.layers, pool, params, &src.ids, &src.rows(), &options, processor)
+        read(model, draft.as_deref(), |model, draft, pool| {
+            generate::hypotheses(model, draft, pool, &src.ids, &src.rows(), &options, processor)
         })
     })?;
     best.into_iter().map(|best| found(py, best, options.alternatives)).collect()
@@ -173,6 +202,7 @@ pub fn hypotheses<'py>(
 #[pyclass(frozen, module = "transformer_rs._core")]
 pub struct Decoder {
     model: Arc<Model>,
+    draft: Option<Arc<Model>>,
     options: GenerateOptions,
     processor: Option<Py<PyAny>>,
     decoding: Mutex<Decoding>,
@@ -181,11 +211,15 @@ pub struct Decoder {
 
 impl Decoder {
     /// A decoding by this model, of no source yet.
-    pub fn new(model: Arc<Model>, settings: Settings) -> PyResult<Self> {
-        let (options, processor) = settings.split();
+    pub fn new(py: Python<'_>, model: Arc<Model>, settings: Settings) -> PyResult<Self> {
+        let (options, processor, draft) = settings.split();
         options.check(model.layers.config(), None).map_err(raise)?;
-        let decoding = Mutex::new(Decoding::new(&model.layers, &options, processor.is_some()));
-        Ok(Decoder { model, options, processor, decoding, stopped: AtomicBool::new(false) })
+        let processed = processor.is_some();
+        let decoding = door::run(py, || {
+            read(&model, draft.as_deref(), |model, draft, _| Decoding::new(model, draft, &options, processed))
+        })?;
+        let (decoding, stopped) = (Mutex::new(decoding), AtomicBool::new(false));
+        Ok(Decoder { model, draft, options, processor, decoding, stopped })
     }
 
     /// Two calls at once would have to share the tokens between them, and a processor may not ask for its own.
@@ -219,9 +253,9 @@ impl Decoder {
     fn step<'py>(&self, py: Python<'py>, until_done: bool) -> PyResult<Step<'py>> {
         let (newest, done) = run(py, self.processor.as_ref(), Some(&self.stopped), |mut processor| {
             self.alone(|decoding| {
-                self.model.with_pool(|params, pool| {
+                read(&self.model, self.draft.as_deref(), |model, draft, pool| {
                     loop {
-                        let done = decoding.step(&self.model.layers, pool, params, processor.as_deref_mut())?;
+                        let done = decoding.step(model, draft, pool, processor.as_deref_mut())?;
                         if !until_done || !done.is_empty() || decoding.sources() == 0 {
                             return Ok((decoding.newest(), done));
                         }

@@ -184,8 +184,8 @@ impl Transformer {
     }
 
     /// A decoding that goes on when it is asked to.
-    fn decoder(&self, settings: generate::Settings) -> PyResult<generate::Decoder> {
-        generate::Decoder::new(Arc::clone(&self.model), settings)
+    fn decoder(&self, py: Python<'_>, settings: generate::Settings) -> PyResult<generate::Decoder> {
+        generate::Decoder::new(py, Arc::clone(&self.model), settings)
     }
 
     /// Encoder states (R, D).

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use transformer_core::error::Result;
-use transformer_core::generate::{GenerateOptions, Length, hypotheses};
+use transformer_core::generate::{GenerateOptions, Length, Loaded, hypotheses};
 use transformer_core::models::{Batch, Transformer, TransformerConfig};
 use transformer_core::ops::*;
 use transformer_core::profile::{self, Pass, Row, Work};
@@ -107,8 +107,18 @@ fn decoding_has_its_rows() -> Result<()> {
     let five = Length::Fixed(5);
     let options =
         GenerateOptions { max_len: Some(five), min_len: five, beam: 2, attention: true, ..Default::default() };
-    let decode =
-        || hypotheses(&model, &mut Pool::default(), &params, &[3, 4, 5, 3, 4, 5, 6], &rows, &options, None).unwrap();
+    let decode = || {
+        hypotheses(
+            Loaded { layers: &model, params: &params },
+            None,
+            &mut Pool::default(),
+            &[3, 4, 5, 3, 4, 5, 6],
+            &rows,
+            &options,
+            None,
+        )
+        .unwrap()
+    };
     let plain = decode();
     let (same, rows) = profiled(decode);
     assert_eq!(plain, same);

@@ -1,18 +1,16 @@
 //! What the tokens of hypotheses attended to.
 
 use super::hypothesis::{CrossAttention, Hypothesis};
-use super::on_tape;
+use super::{Loaded, on_tape};
 use crate::error::Result;
-use crate::models::Transformer;
 use crate::profile::{self, Work};
 use crate::rows::Rows;
-use crate::tape::{Params, Pool};
+use crate::tape::Pool;
 
 /// Gives every hypothesis its attention: by one pass over whole targets for every rank, which has the bits of the steps.
 pub(super) fn attend(
-    model: &Transformer,
+    Loaded { layers: model, params }: Loaded<'_>,
     pool: &mut Pool<f32>,
-    params: &Params<f32>,
     src: &[u32],
     rows: &Rows,
     found: &mut [Vec<Hypothesis>],

@@ -1,8 +1,11 @@
 //! The hypotheses of one source. It knows tokens and their log-probabilities, no model.
 
+use super::choice::not_finite;
 use super::hypothesis::Hypothesis;
 use super::options::{GenerateOptions, Plan};
+use crate::error::Result;
 use crate::kernels::top_k::Entry;
+use crate::rng::Key;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -23,6 +26,13 @@ pub(super) struct Follow {
     pub candidates: Vec<Candidate>,
     /// The likeliest tokens, for whoever asked to see them.
     pub alternatives: Arc<[Entry]>,
+}
+
+impl Follow {
+    /// The best token, if any may follow.
+    pub fn first(&self) -> Option<u32> {
+        self.candidates.first().map(|candidate| candidate.id)
+    }
 }
 
 /// A token in the tree of everything kept so far; hypotheses share what they have in common.
@@ -92,6 +102,32 @@ impl Beam {
         self.live.iter().map(move |path| path.last.map_or(first, |last| self.nodes[last].id))
     }
 
+    /// What will follow the ids of the only live hypothesis in the next steps.
+    pub fn behind(&self) -> Vec<u32> {
+        self.ahead.iter().filter_map(Follow::first).collect()
+    }
+
+    /// Whether more will follow behind that.
+    pub fn goes_on_behind(&self, eos: u32) -> bool {
+        let behind = self.behind();
+        behind.len() == self.ahead.len() && !behind.contains(&eos) && self.len + behind.len() < self.plan.max_len
+    }
+
+    /// Takes in what the model says behind that, and behind each of the guesses as long as they are right; gives how many are.
+    pub fn look_ahead(&mut self, said: Vec<Option<Follow>>, guesses: &[u32]) -> Result<usize> {
+        let mut right = 0;
+        for follow in said {
+            let follow = follow.ok_or_else(|| not_finite(self.len + self.ahead.len(), &self.plan))?;
+            let first = follow.first();
+            self.ahead.push_back(follow);
+            if first.is_none() || first != guesses.get(right).copied() {
+                break;
+            }
+            right += 1;
+        }
+        Ok(right)
+    }
+
     /// Number of hypotheses that go on.
     pub fn alive(&self) -> usize {
         self.live.len()
@@ -104,9 +140,9 @@ impl Beam {
         ids
     }
 
-    /// The number in [0, 1) that decides the next token of a live hypothesis.
-    pub fn uniform(&self, live: usize) -> f64 {
-        self.plan.key.fold(self.live[live].draw as u64).uniform(self.len as u64)
+    /// What decides the tokens of a live hypothesis that are drawn, by their places.
+    pub fn key(&self, live: usize) -> Key {
+        self.plan.key.fold(self.live[live].draw as u64)
     }
 
     /// One step: what follows each live hypothesis. In a search `beam` + 1 candidates are enough, as EOS is one token; of
@@ -238,7 +274,6 @@ impl Beam {
 mod tests {
     use super::super::sampling::{Sampling, Seeds};
     use super::*;
-    use crate::rng::Key;
 
     const EOS: u32 = 2;
 
@@ -332,10 +367,11 @@ mod tests {
         let seeds = Seeds::Shared(0);
         let sampling = Some(Sampling { seeds, temperature: 1.0, top_k: None, top_p: None, min_p: None });
         let mut beam = of(GenerateOptions { n_best: 3, sampling, ..GenerateOptions::default() }, 3);
-        let uniforms: Vec<f64> = (0..3).map(|live| beam.uniform(live)).collect();
+        let uniform = |beam: &Beam, live| beam.key(live).uniform(beam.len as u64);
+        let uniforms: Vec<f64> = (0..3).map(|live| uniform(&beam, live)).collect();
         assert!(uniforms[0] != uniforms[1] && uniforms[1] != uniforms[2]);
         assert_eq!(step(&mut beam, &[&[(5, -1.0)], &[(EOS, -4.0)], &[(6, -3.0)]]), [0, 2]);
-        assert!((0..2).all(|live| beam.uniform(live) != uniforms[2 * live]));
+        assert!((0..2).all(|live| uniform(&beam, live) != uniforms[2 * live]));
         assert_eq!(step(&mut beam, &[&[(7, -1.0)], &[]]), [0]);
         assert!(step(&mut beam, &[&[(8, -1.0)]]).is_empty());
         let found: Vec<_> = beam.into_best().into_iter().map(|h| (h.ids, h.score, h.finished)).collect();

@@ -3,7 +3,7 @@
 use super::options::{GenerateOptions, Plan};
 use crate::ensure;
 use crate::error::Result;
-use crate::models::Transformer;
+use crate::models::TransformerConfig;
 use crate::ops::Page;
 
 /// Hypotheses that are decoded side by side: more would be no faster, and their logits fill the memory.
@@ -21,11 +21,10 @@ pub(super) struct Room {
 }
 
 impl Room {
-    /// What this machine has for this model.
-    pub fn of(model: &Transformer, options: &GenerateOptions) -> Self {
-        let config = model.config();
-        let token = 2 * config.n_decoder_layers as u128 * config.d_model as u128 * size_of::<f32>() as u128;
-        Room { token, width: options.width(), free: available().unwrap_or(u128::MAX) }
+    /// What this machine has for models like these, all at work on the same sources.
+    pub fn of<'a>(models: impl Iterator<Item = &'a TransformerConfig>, options: &GenerateOptions) -> Self {
+        let token = |config: &TransformerConfig| 2 * config.n_decoder_layers as u128 * config.d_model as u128 * 4;
+        Room { token: models.map(token).sum(), width: options.width(), free: available().unwrap_or(u128::MAX) }
     }
 
     /// What sources take when each of their hypotheses reaches `max_len` and shares nothing, all in whole pages.

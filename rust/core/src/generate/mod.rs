@@ -16,15 +16,18 @@
 
 mod attention;
 mod beam;
+mod choice;
 mod constraints;
 mod decoding;
+mod draft;
 mod hypothesis;
 mod memory;
 mod options;
 mod sampling;
 
 pub use crate::kernels::top_k::Entry;
-pub use decoding::{Decoding, Processor};
+pub use choice::Processor;
+pub use decoding::Decoding;
 pub use hypothesis::{CrossAttention, Hypothesis};
 pub use options::{GenerateOptions, Length, Plan};
 pub use sampling::{Sampling, Seeds};
@@ -33,35 +36,45 @@ use crate::ensure;
 use crate::error::Result;
 use crate::models::Transformer;
 use crate::rows::Rows;
-use crate::tape::{Params, Pool, Tape};
+use crate::tape::{Params, Pool, Tape, Var};
 use crate::threads;
 
-/// The best hypotheses of every source, best first. `src` holds the ids of the sources one after the other, as `rows` says.
+/// A model that is ready to speak.
+#[derive(Clone, Copy, Debug)]
+pub struct Loaded<'a> {
+    /// What it is made of.
+    pub layers: &'a Transformer,
+    /// Its weights.
+    pub params: &'a Params<f32>,
+}
+
+/// The best hypotheses of every source, best first. `src` holds the ids of the sources one after the other, as `rows` says. A draft
+/// makes few hypotheses faster, and no difference to them.
 ///
 /// Not finite logits are [`crate::error::Error::NonFinite`] with the step and the source; a source whose caches could
 /// outgrow the machine's memory is refused before anything starts.
 pub fn hypotheses(
-    model: &Transformer,
+    model: Loaded<'_>,
+    draft: Option<Loaded<'_>>,
     pool: &mut Pool<f32>,
-    params: &Params<f32>,
     src: &[u32],
     rows: &Rows,
     options: &GenerateOptions,
     mut processor: Option<&mut Processor<'_>>,
 ) -> Result<Vec<Vec<Hypothesis>>> {
     ensure!(src.len() == rows.total(), Shape, "hypotheses: {} ids for rows of {}", src.len(), rows.total());
-    let plans = options.plans(model.config(), rows, 0..)?;
+    let plans = options.plans(model.layers.config(), rows, 0..)?;
     let mut found = vec![Vec::new(); plans.len()];
-    let mut decoding = Decoding::new(model, options, processor.is_some());
+    let mut decoding = Decoding::new(model, draft, options, processor.is_some())?;
     decoding.push(plans, src)?;
     threads::section(None, || {
         while decoding.sources() > 0 {
-            for (source, best) in decoding.step(model, pool, params, processor.as_deref_mut())? {
+            for (source, best) in decoding.step(model, draft, pool, processor.as_deref_mut())? {
                 found[source] = best;
             }
         }
         if options.attention {
-            attention::attend(model, pool, params, src, rows, &mut found)?;
+            attention::attend(model, pool, src, rows, &mut found)?;
         }
         Ok(found)
     })
@@ -73,6 +86,19 @@ fn on_tape<R>(pool: &mut Pool<f32>, body: impl FnOnce(&mut Tape<f32>) -> Result<
     let result = body(&mut tape);
     *pool = tape.into_pool();
     result
+}
+
+/// These rows of x (R, D), in their order.
+fn some_rows(tape: &mut Tape<f32>, x: Var, rows: &[usize]) -> Result<Var> {
+    let (all, d) = (tape.value(x)?.rows(), tape.value(x)?.cols());
+    if rows.iter().copied().eq(0..all) {
+        return Ok(x);
+    }
+    let mut some = tape.pool.tensor(rows.len(), d)?;
+    for (to, &row) in some.chunks_mut(d).zip(rows) {
+        to.copy_from_slice(tape.value(x)?.row(row));
+    }
+    Ok(tape.constant(some))
 }
 
 #[cfg(test)]

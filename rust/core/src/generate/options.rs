@@ -2,7 +2,7 @@
 
 use super::sampling::Sampling;
 use crate::error::Result;
-use crate::models::{PositionKind, TransformerConfig};
+use crate::models::TransformerConfig;
 use crate::rng::Key;
 use crate::rows::Rows;
 use crate::{bail, ensure};
@@ -120,10 +120,7 @@ impl GenerateOptions {
     ) -> Result<Vec<Plan>> {
         self.check(config, Some(sources.sequences()))?;
         // The last id is returned without being read, so BOS and `max_len - 1` ids need positions.
-        let positions = match config.positions {
-            PositionKind::Learned => config.max_positions.unwrap_or(usize::MAX),
-            _ => usize::MAX,
-        };
+        let positions = config.longest();
         let mut plans = Vec::with_capacity(sources.sequences());
         for ((i, ids), source) in sources.lengths().enumerate().zip(numbers) {
             let max_len = self.max_len.map_or_else(|| Length::Relative(2.0, 10).of(ids).min(positions), |l| l.of(ids));
@@ -236,6 +233,7 @@ impl GenerateOptions {
 mod tests {
     use super::super::sampling::Seeds;
     use super::*;
+    use crate::models::PositionKind;
 
     fn relative(a: f64, b: i64) -> Option<Length> {
         Some(Length::Relative(a, b))

@@ -44,9 +44,23 @@ impl Fixture {
         self.params.set(id, &values).unwrap();
     }
 
+    fn loaded(&self) -> Loaded<'_> {
+        Loaded { layers: &self.model, params: &self.params }
+    }
+
     fn search(&self, sources: &[&[u32]], options: &GenerateOptions) -> Result<Vec<Vec<Hypothesis>>> {
+        self.search_with(None, sources, options)
+    }
+
+    fn search_with(
+        &self,
+        draft: Option<&Fixture>,
+        sources: &[&[u32]],
+        options: &GenerateOptions,
+    ) -> Result<Vec<Vec<Hypothesis>>> {
         let rows = Rows::from_lengths(&sources.iter().map(|s| s.len()).collect::<Vec<_>>());
-        hypotheses(&self.model, &mut Pool::default(), &self.params, &sources.concat(), &rows, options, None)
+        let draft = draft.map(Fixture::loaded);
+        hypotheses(self.loaded(), draft, &mut Pool::default(), &sources.concat(), &rows, options, None)
     }
 
     /// The logits after a prefix.
@@ -299,6 +313,73 @@ fn every_option_gives_the_same_bits_alone_and_on_any_threads() {
 }
 
 #[test]
+fn a_draft_makes_no_difference() {
+    let fixture = Fixture::new(config(), 8);
+    let (mut near, mut broken) = (Fixture::new(config(), 8), Fixture::new(config(), 8));
+    near.change("decoder.layers.1.feed_forward.down.weight", |i, w| if i % 3 == 0 { 0.0 } else { w });
+    broken.change("head.bias", |_, _| f32::NAN);
+    let short = TransformerConfig { positions: PositionKind::Learned, max_positions: Some(12), ..config() };
+    let stranger = Fixture::new(TransformerConfig { d_model: 8, n_decoder_layers: 1, ..short }, 3);
+    let sampling = Sampling { seeds: Seeds::Shared(4), temperature: 0.7, top_k: None, top_p: Some(0.9), min_p: None };
+    // Longer than pages of the caches, which wrong guesses fill and leave again.
+    let long = GenerateOptions { min_len: Length::Fixed(45), max_len: fixed(50), ..GenerateOptions::default() };
+    let longer = [7; 13];
+    let found = fixture.search_with(Some(&stranger), &[&longer], &beams(1, 1)).unwrap();
+    assert_eq!(found, fixture.search(&[&longer], &beams(1, 1)).unwrap());
+    let mut all = everything();
+    all.retain(|options| options.width() == 1);
+    all.extend([
+        beams(1, 1),
+        long.clone(),
+        GenerateOptions { sampling: Some(sampling), attention: true, ..long },
+        GenerateOptions { patience: 3.0, max_len: fixed(9), ..GenerateOptions::default() },
+        GenerateOptions { max_len: fixed(1), ..GenerateOptions::default() },
+    ]);
+    let many: Vec<&[u32]> = (0..40).map(|i| SOURCES[i % 5]).collect();
+    for options in all {
+        let expected = fixture.search(&SOURCES, &options).unwrap();
+        for draft in [&fixture, &near, &stranger, &broken] {
+            let draft = Some(draft);
+            assert_eq!(fixture.search_with(draft, &SOURCES, &options).unwrap(), expected, "{options:?}");
+            for threads in [1, 3] {
+                let found = with_local_limit(threads, || fixture.search_with(draft, &SOURCES, &options));
+                assert_eq!(found.unwrap(), expected);
+            }
+            if options.prefixes.is_empty() && options.sampling.is_none() {
+                for (src, expected) in SOURCES.iter().zip(&expected) {
+                    assert_eq!(&fixture.search_with(draft, &[src], &options).unwrap()[0], expected);
+                }
+                // Too many for guesses, until few are left.
+                let found = fixture.search_with(draft, &many, &options).unwrap();
+                assert!((0..40).all(|i| found[i] == expected[i % 5]));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_draft_that_cannot_help_is_refused() {
+    let fixture = Fixture::new(config(), 8);
+    let sampling = Sampling { seeds: Seeds::Shared(4), temperature: 0.7, top_k: None, top_p: None, min_p: None };
+    let other = Fixture::new(TransformerConfig { tgt_vocab: 9, ..config() }, 8);
+    let greedy = beams(1, 1);
+    for (draft, options, text) in [
+        (&fixture, beams(2, 1), "there are 2"),
+        (&fixture, GenerateOptions { sampling: Some(sampling), n_best: 3, ..greedy.clone() }, "there are 3"),
+        (&other, greedy.clone(), "tgt_vocab = 8, got 9"),
+    ] {
+        let error = fixture.search_with(Some(draft), &SOURCES, &options).unwrap_err();
+        assert!(
+            matches!(&error, Error::Config(message) if message.contains("`draft`") && message.contains(text)),
+            "{error}"
+        );
+    }
+    let loaded = fixture.loaded();
+    let error = Decoding::new(loaded, Some(loaded), &greedy, true).unwrap_err();
+    assert!(matches!(&error, Error::Config(message) if message.contains("logits_processor")), "{error}");
+}
+
+#[test]
 fn sources_take_the_places_of_those_that_are_done() {
     let fixture = Fixture::new(config(), 8);
     let options = GenerateOptions { beam: 90, n_best: 2, ..GenerateOptions::default() }; // two places
@@ -337,7 +418,7 @@ fn a_processor_has_its_way_but_for_what_is_forbidden() {
     let rows = Rows::from_lengths(&SOURCES.map(<[u32]>::len));
     let run = |options: &GenerateOptions, processor: &mut Processor<'_>| {
         let mut pool = Pool::default();
-        hypotheses(&fixture.model, &mut pool, &fixture.params, &SOURCES.concat(), &rows, options, Some(processor))
+        hypotheses(fixture.loaded(), None, &mut pool, &SOURCES.concat(), &rows, options, Some(processor))
     };
     for options in everything() {
         // What changes nothing changes no bit.
@@ -383,13 +464,23 @@ fn weights_that_change_between_steps_are_an_error() {
     let mut fixture = Fixture::new(config(), 1);
     let (options, mut pool) = (beams(2, 1), Pool::default());
     let plans = options.plans(fixture.model.config(), &Rows::from_lengths(&[2]), 0..).unwrap();
-    let mut decoding = Decoding::new(&fixture.model, &options, false);
+    let mut decoding = Decoding::new(fixture.loaded(), None, &options, false).unwrap();
     decoding.push(plans, &[3, 4]).unwrap();
-    assert!(decoding.step(&fixture.model, &mut pool, &fixture.params, None).unwrap().is_empty());
+    assert!(decoding.step(fixture.loaded(), None, &mut pool, None).unwrap().is_empty());
     fixture.change("head.bias", |_, b| b + 1.0);
-    let error = decoding.step(&fixture.model, &mut pool, &fixture.params, None).unwrap_err();
+    let error = decoding.step(fixture.loaded(), None, &mut pool, None).unwrap_err();
     assert!(matches!(&error, Error::Config(text) if text.contains("weights")), "{error}");
     assert_eq!(decoding.sources(), 0);
+
+    // The same goes for a draft.
+    let (mut draft, options) = (Fixture::new(config(), 2), beams(1, 1));
+    let plans = options.plans(fixture.model.config(), &Rows::from_lengths(&[2]), 0..).unwrap();
+    let mut decoding = Decoding::new(fixture.loaded(), Some(draft.loaded()), &options, false).unwrap();
+    decoding.push(plans, &[3, 4]).unwrap();
+    decoding.step(fixture.loaded(), Some(draft.loaded()), &mut pool, None).unwrap();
+    draft.change("head.bias", |_, b| b + 1.0);
+    let error = decoding.step(fixture.loaded(), Some(draft.loaded()), &mut pool, None).unwrap_err();
+    assert!(matches!(&error, Error::Config(text) if text.contains("weights")), "{error}");
 }
 
 #[test]
@@ -501,8 +592,7 @@ fn bad_input_is_refused_and_little_input_is_served() {
     assert!(matches!(fixture.search(&[&[3, 9]], &greedy), Err(Error::TokenOutOfRange(_))));
     assert!(matches!(fixture.search(&[], &beams(0, 0)), Err(Error::Config(_))));
     let rows = Rows::from_lengths(&[3]);
-    let error =
-        hypotheses(&fixture.model, &mut Pool::default(), &fixture.params, &[3, 4], &rows, &greedy, None).unwrap_err();
+    let error = hypotheses(fixture.loaded(), None, &mut Pool::default(), &[3, 4], &rows, &greedy, None).unwrap_err();
     assert!(matches!(error, Error::Shape(_)), "{error}");
     // A vocabulary that has no letters: with EOS forbidden nothing can follow.
     let mute = Fixture::new(TransformerConfig { tgt_vocab: 3, ..config() }, 1);
@@ -527,8 +617,7 @@ fn buffers_do_not_grow_with_the_steps() {
     let bytes = |steps: usize| {
         let mut pool = Pool::default();
         let options = GenerateOptions { min_len: Length::Fixed(steps), max_len: fixed(steps), ..beams(3, 3) };
-        hypotheses(&fixture.model, &mut pool, &fixture.params, &[3, 4, 5], &Rows::from_lengths(&[3]), &options, None)
-            .unwrap();
+        hypotheses(fixture.loaded(), None, &mut pool, &[3, 4, 5], &Rows::from_lengths(&[3]), &options, None).unwrap();
         pool.bytes()
     };
     assert_eq!(bytes(100), bytes(10));

@@ -160,6 +160,14 @@ impl TransformerConfig {
         self.layer().map(|_| ())
     }
 
+    /// The longest sequence that has positions.
+    pub fn longest(&self) -> usize {
+        match self.positions {
+            PositionKind::Learned => self.max_positions.unwrap_or(usize::MAX),
+            _ => usize::MAX,
+        }
+    }
+
     /// The layers of both stacks.
     pub fn layer(&self) -> Result<LayerConfig> {
         let attention = AttentionConfig {

@@ -73,6 +73,17 @@ impl<T: Float> DecoderState<T> {
         self.layers.iter_mut().for_each(|layer| layer.reorder(parents));
     }
 
+    /// Tokens read so far by each sequence.
+    pub fn positions(&self) -> &[usize] {
+        &self.positions
+    }
+
+    /// Sequence `i` forgets all but its first `lengths[i]` tokens.
+    pub fn keep(&mut self, lengths: &[usize]) -> Result<()> {
+        self.positions.iter_mut().zip(lengths).for_each(|(position, &n)| *position = n.min(*position));
+        self.layers.iter_mut().try_for_each(|layer| layer.keep(lengths))
+    }
+
     /// Puts the sequences of another decoding by the same model behind these.
     pub fn join(&mut self, other: Self) {
         self.positions.extend(other.positions);

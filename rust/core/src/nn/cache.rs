@@ -149,6 +149,30 @@ impl<T: Float> KeyValueCache<T> {
         self.set(tables);
     }
 
+    /// Sequence `i` forgets all but its first `lengths[i]` keys. No two sequences share a slot.
+    pub fn keep(&mut self, lengths: &[usize]) -> Result<()> {
+        for (i, &n) in lengths.iter().enumerate() {
+            let (slot, had, pages) = (self.slots[i], self.lengths[i], n.div_ceil(Page::KEYS));
+            if n >= had {
+                continue;
+            }
+            self.lengths[i] = n;
+            for number in self.tables[slot].split_off(pages) {
+                self.release(number);
+            }
+            // What is now its last page was full, and others may read it.
+            if n % Page::KEYS > 0 && had >= pages * Page::KEYS {
+                let (full, open) = (self.tables[slot][pages - 1], self.claim());
+                let mut memory = take(&mut self.pages[open]);
+                self.page.copy(ready(&mut memory, self.page)?, &self.pages[full], Page::KEYS);
+                self.page.reopen(&mut memory);
+                (self.pages[open], self.tables[slot][pages - 1]) = (memory, open);
+                self.release(full);
+            }
+        }
+        Ok(())
+    }
+
     /// Sequence `i` reads what was sequence `parents[i]`, in the same slot: for caches that no longer grow.
     pub fn share(&mut self, parents: &[usize]) {
         self.lengths = parents.iter().map(|&p| self.lengths[p]).collect();
@@ -168,10 +192,15 @@ impl<T: Float> KeyValueCache<T> {
     fn set(&mut self, tables: Vec<Vec<usize>>) {
         tables.iter().flatten().for_each(|&number| self.readers[number] += 1);
         for number in std::mem::replace(&mut self.tables, tables).into_iter().flatten() {
-            self.readers[number] -= 1;
-            if self.readers[number] == 0 {
-                self.free.push(number);
-            }
+            self.release(number);
+        }
+    }
+
+    /// A page is in one table less.
+    fn release(&mut self, number: usize) {
+        self.readers[number] -= 1;
+        if self.readers[number] == 0 {
+            self.free.push(number);
         }
     }
 
@@ -250,6 +279,24 @@ mod tests {
             plain = parents.iter().map(|&p| plain[p].clone()).collect();
             assert_eq!(keys(&cache), plain, "step {step}");
             check(&cache);
+        }
+    }
+
+    #[test]
+    fn what_is_forgotten_is_written_anew() {
+        for had in [1, 15, 16, 17, 32, 40] {
+            for n in 0..=had {
+                let beginning: Vec<f32> = (0..had).map(|i| i as f32).collect();
+                let mut cache = KeyValueCache::<f32>::new(1, 1, 1);
+                cache.append(&beginning, 1, 0, 0, &Rows::from_lengths(&[had])).unwrap();
+                cache.reorder(&[0, 0]);
+                cache.keep(&[n, had + 1]).unwrap();
+                check(&cache);
+                let more: Vec<f32> = (0..20).map(|i| (100 + i) as f32).collect();
+                cache.append(&more, 1, 0, 0, &Rows::from_lengths(&[20, 0])).unwrap();
+                assert_eq!(keys(&cache), [[&beginning[..n], &more].concat(), beginning], "{n} of {had}");
+                check(&cache);
+            }
         }
     }
 

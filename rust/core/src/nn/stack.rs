@@ -30,6 +30,11 @@ impl<T: Float> LayerState<T> {
         self.own.reorder(parents);
     }
 
+    /// Sequence `i` forgets all but its first `lengths[i]` tokens.
+    pub fn keep(&mut self, lengths: &[usize]) -> Result<()> {
+        self.own.keep(lengths)
+    }
+
     /// Puts the sequences of another decoding by the same layer behind these.
     pub fn join(&mut self, other: Self) {
         if let (Some(memory), Some(other)) = (&mut self.memory, other.memory) {

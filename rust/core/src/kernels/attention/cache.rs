@@ -52,14 +52,15 @@ impl Page {
             }
             values[at * self.width..][..d].copy_from_slice(value);
             if at + 1 == Self::KEYS {
-                for square in keys.chunks_mut(SQUARE) {
-                    let mut rows = [T::ZERO; SQUARE];
-                    rows.copy_from_slice(square);
-                    copy_columns(square, Self::KEYS, &rows, Self::KEYS, Self::KEYS, Self::KEYS);
-                }
+                transpose(keys);
             }
         }
         value.iter().all(|x| x.is_finite())
+    }
+
+    /// Lays the keys of a full page as one has them that grows, for others to be written over the last of them.
+    pub fn reopen<T: Float>(&self, page: &mut [T]) {
+        page.chunks_mut(2 * self.half()).for_each(|head| transpose(&mut head[..self.half()]));
     }
 
     /// Copies the first `n` keys and values of another page; all of them, or of one that is not full.
@@ -72,6 +73,15 @@ impl Page {
             }
             to_values[..n * self.width].copy_from_slice(&values[..n * self.width]);
         }
+    }
+}
+
+/// Rows of the squares of a head's keys become columns, and columns rows.
+fn transpose<T: Float>(keys: &mut [T]) {
+    for square in keys.chunks_mut(SQUARE) {
+        let mut rows = [T::ZERO; SQUARE];
+        rows.copy_from_slice(square);
+        copy_columns(square, Page::KEYS, &rows, Page::KEYS, Page::KEYS, Page::KEYS);
     }
 }
 

@@ -1,0 +1,157 @@
+//! From logits to what may follow a hypothesis.
+
+use super::beam::{Beam, Candidate, Follow};
+use super::constraints::{Constraints, Next};
+use super::options::{GenerateOptions, Plan};
+use crate::error::{Error, Result};
+use crate::kernels::softmax::{LogSumExp, log_sum_exp};
+use crate::kernels::top_k::{Entry, top_k};
+use crate::models::TransformerConfig;
+use crate::profile::{self, Work};
+use crate::rng::Key;
+use crate::threads::for_each;
+use crate::{bail, ensure};
+use std::sync::Arc;
+
+/// Replaces the logits of one hypothesis: (its ids so far, the model's logits (V,)) -> logits (V,), −∞ for what must not
+/// follow. It is called on the calling thread, hypothesis by hypothesis. Nothing that it returns allows what is forbidden
+/// otherwise.
+pub type Processor<'a> = dyn FnMut(&[u32], &[f32]) -> Result<Vec<f32>> + 'a;
+
+/// What decides.
+#[derive(Debug)]
+pub(super) struct Choice {
+    options: Arc<GenerateOptions>,
+    constraints: Constraints,
+    /// Whether there is a processor.
+    processed: bool,
+    vocabulary: usize,
+}
+
+/// A hypothesis whose next token is to be found.
+#[derive(Debug)]
+pub(super) struct Row<'a> {
+    plan: &'a Plan,
+    /// How many ids it has, and they, where somebody reads them.
+    len: usize,
+    ids: Vec<u32>,
+    /// Decides what is drawn.
+    key: Key,
+    /// What a processor made of the logits.
+    processed: Option<Vec<f32>>,
+}
+
+impl Choice {
+    pub fn new(options: Arc<GenerateOptions>, config: &TransformerConfig, processed: bool) -> Self {
+        let constraints = Constraints::new(&options, config);
+        Choice { options, constraints, processed, vocabulary: config.tgt_vocab }
+    }
+
+    /// Whether values never rise above 0.
+    pub fn falls(&self) -> bool {
+        !(self.processed || self.constraints.raises())
+    }
+
+    /// A live hypothesis, with some tokens more.
+    pub fn row<'a>(&self, beam: &'a Beam, live: usize, more: &[u32]) -> Row<'a> {
+        let mut ids = Vec::new();
+        if self.processed || self.constraints.reads_ids() {
+            ids = beam.ids(live);
+            ids.extend(more);
+        }
+        Row { plan: &beam.plan, len: beam.len + more.len(), ids, key: beam.key(live), processed: None }
+    }
+
+    /// What may follow each, given the model's logits (R, V) of all of them; `None` where these are not finite.
+    pub fn choose(
+        &self,
+        mut rows: Vec<Row<'_>>,
+        logits: &[f32],
+        mut processor: Option<&mut Processor<'_>>,
+    ) -> Result<Vec<Option<Follow>>> {
+        let v = self.vocabulary;
+        let _timed = profile::part("choice", [v, 0], || Work::passes::<f32>(1, rows.len(), v));
+        for (row, logits) in rows.iter_mut().zip(logits.chunks(v)) {
+            if let Some(processor) = processor.as_mut().filter(|_| self.constraints.forced(row.plan, row.len).is_none())
+            {
+                row.processed = Some(process(*processor, row, logits)?);
+            }
+        }
+        let mut follows = vec![None; rows.len()];
+        for_each(rows.iter().zip(logits.chunks(v)).zip(&mut follows), |((row, logits), follow)| {
+            *follow = self.candidates(row, logits);
+        })?;
+        Ok(follows)
+    }
+
+    fn candidates(&self, row: &Row<'_>, logits: &[f32]) -> Option<Follow> {
+        let read = row.processed.as_deref().unwrap_or(logits);
+        let of = |id: u32| Entry { id, value: logits[id as usize] };
+        let mut lse = None;
+        let chosen = match self.constraints.next(row.plan, row.len, &row.ids, read) {
+            Next::Only(id) => vec![of(id)],
+            Next::All(edits) => match &self.options.sampling {
+                Some(sampling) => {
+                    sampling.draw(read, &edits, row.key.uniform(row.len as u64)).map(of).into_iter().collect()
+                }
+                None => {
+                    let mut best = vec![Entry::NONE; self.options.beam.saturating_add(1).min(logits.len())];
+                    let of_read = top_k(&mut best, read, &edits);
+                    lse = row.processed.is_none().then_some(of_read);
+                    best.retain(|entry| entry.value > f32::NEG_INFINITY);
+                    best
+                }
+            },
+        };
+        self.follow(logits, lse, &chosen)
+    }
+
+    /// What was chosen, with what the model says of it; `None` if its logits are not finite.
+    pub fn follow(&self, logits: &[f32], lse: Option<LogSumExp<f32>>, chosen: &[Entry]) -> Option<Follow> {
+        let lse = lse.unwrap_or_else(|| log_sum_exp(logits));
+        if !(lse.max.is_finite() && lse.log.is_finite()) {
+            return None;
+        }
+        let logprob = |value| lse.log_probability(value);
+        let candidates = chosen.iter().map(|&Entry { id, value }| Candidate {
+            id,
+            logprob: logprob(logits[id as usize]),
+            value: logprob(value),
+        });
+        let mut alternatives = vec![Entry::NONE; self.options.alternatives];
+        if !alternatives.is_empty() {
+            top_k(&mut alternatives, logits, &[]);
+        }
+        alternatives.iter_mut().for_each(|entry| entry.value = logprob(entry.value));
+        Some(Follow { candidates: candidates.collect(), alternatives: alternatives.into() })
+    }
+}
+
+/// The error of logits that are not finite.
+pub(super) fn not_finite(token: usize, plan: &Plan) -> Error {
+    Error::NonFinite(format!(
+        "decoding: token {token} of source {}: the logits are not finite; is there NaN in the weights?",
+        plan.source
+    ))
+}
+
+/// Asks a processor, and checks what it says.
+fn process(processor: &mut Processor<'_>, row: &Row<'_>, logits: &[f32]) -> Result<Vec<f32>> {
+    let processed = processor(&row.ids, logits)?;
+    let (token, source) = (row.len, row.plan.source);
+    ensure!(
+        processed.len() == logits.len(),
+        Shape,
+        "logits_processor: token {token} of source {source}: expected {} logits, got {}",
+        logits.len(),
+        processed.len()
+    );
+    if let Some(id) = processed.iter().position(|logit| logit.is_nan() || *logit == f32::INFINITY) {
+        bail!(
+            NonFinite,
+            "logits_processor: token {token} of source {source}: expected numbers, or -inf for what must not follow, got {} for id {id}",
+            processed[id]
+        );
+    }
+    Ok(processed)
+}
