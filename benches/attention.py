@@ -15,6 +15,7 @@ from benches.common import (
     goal_text,
     milliseconds,
     ratio,
+    ready,
     resident,
     table,
     take_turns,
@@ -116,6 +117,7 @@ def measure(options: Options) -> list[Row]:
         for backward in (False, True)
     ]
     players = {who: Player(make, options.threads, case=cases[0]) for who, make in (("ours", Ours), ("torch", Torch))}
+    ready(*players.values())
     rows: list[Row] = []
     for job in cases:
         for player in players.values():

@@ -82,6 +82,7 @@ def serve(make: Callable[..., Side], arguments: tuple[Any, ...], pipe: Connectio
 
     warnings.filterwarnings("ignore", message="enable_nested_tensor")
     side = make(*arguments)
+    pipe.send("here")
     while (command := pipe.recv()) is not None:
         steps, case = command
         if case is not None:
@@ -95,7 +96,7 @@ def serve(make: Callable[..., Side], arguments: tuple[Any, ...], pipe: Connectio
 
 
 class Player:
-    """A side and its process."""
+    """A side and its process. It plays when it is `ready`."""
 
     def __init__(self, make: Callable[..., Side], *arguments: Any, warm_ups: int = WARM_UPS, case: Any = None) -> None:
         context = multiprocessing.get_context("spawn")
@@ -103,7 +104,7 @@ class Player:
         self.process = context.Process(target=serve, args=(make, arguments, theirs), daemon=True)
         self.process.start()
         theirs.close()
-        self.prepare(warm_ups, case)
+        self.warm_ups, self.case = warm_ups, case
 
     def prepare(self, warm_ups: int, case: Any = None) -> None:
         """Warm up, for the next case if the side has several, and forget the times of the one before."""
@@ -137,8 +138,17 @@ class Player:
         return about | {"faults_per_step": statistics.median(self.faults or [0])}
 
 
+def ready(*players: Player) -> None:
+    """Wait until all are here, for they come at the same time; let them warm up, one after the other."""
+    for player in players:
+        player.pipe.recv()
+    for player in players:
+        player.prepare(player.warm_ups, player.case)
+
+
 def take_turns(players: dict[str, Player], turns: int) -> dict[str, dict[str, Any]]:
-    """Let them play, A B A B, and leave."""
+    """Let them come, play, A B A B, and leave."""
+    ready(*players.values())
     for _ in range(turns):
         for player in players.values():
             player.turn()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benches.common import Options, Player, Row, Section, goal_text, spread, table
+from benches.common import Options, Player, Row, Section, goal_text, ready, spread, table
 
 GOAL = 80.0
 TURNS = 7
@@ -76,6 +76,7 @@ class Kernels:
 
 def measure(options: Options) -> list[Row]:
     player = Player(Kernels, options.threads, warm_ups=2)
+    ready(player)
     for _ in range(TURNS):
         player.turn()
     rows = []

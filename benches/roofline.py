@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from benches.common import Options, Player, Row, Section, table
+from benches.common import Options, Player, Row, Section, ready, table
 from benches.steps import SHAPES, Job, Ours
 
 STEPS = 5
@@ -32,6 +32,7 @@ def measure(options: Options) -> list[Row]:
         if options.names and name not in options.names:
             continue
         player = Player(Profiled, Job(shape, 0.1, options.threads))
+        ready(player)
         player.turn()
         sums: dict[str, dict[str, float]] = defaultdict(lambda: {"ms": 0.0, "multiply": 0.0, "move": 0.0, "least": 0.0})
         for row in player.leave()["rows"]:

@@ -15,6 +15,7 @@ from benches.common import (
     milliseconds,
     play_at_once,
     ratio,
+    ready,
     spread,
     table,
     times_text,
@@ -35,6 +36,7 @@ def measure(options: Options) -> list[Row]:
         counts = [1, *(n for n in THREADS if n <= options.threads)]
         players = {n: Player(Ours, Job(SHAPES[name], 0.1, n), warm_ups=1) for n in counts}
         crowd = [players[1], *(Player(Ours, Job(SHAPES[name], 0.1, 1), warm_ups=1) for _ in range(counts[-1] - 1))]
+        ready(*players.values(), *crowd[1:])
         gains: dict[int, list[float]] = {n: [] for n in counts[1:]}
         for _ in range(min(options.turns, TURNS)):
             for player in players.values():

@@ -23,7 +23,19 @@ from typing import Any
 
 import numpy as np
 
-from benches.common import Options, Player, Row, Section, goal_text, milliseconds, ratio, resident, table, times_text
+from benches.common import (
+    Options,
+    Player,
+    Row,
+    Section,
+    goal_text,
+    milliseconds,
+    ratio,
+    ready,
+    resident,
+    table,
+    times_text,
+)
 
 LAYERS, HEADS, D_MODEL, D_FF, EPS = 6, 12, 384, 1536, 1e-12
 WEIGHTS = LAYERS * (4 * D_MODEL * D_MODEL + 2 * D_MODEL * D_FF)  # of the layers
@@ -211,6 +223,7 @@ def compare(shape: str, options: Options) -> list[Row]:
     """A row for each precision: ours beside the fastest of the others."""
     job = Job(shape, options.threads)
     players = {name: Player(Side, name, job) for name in SIDES}
+    ready(*players.values())
     for _ in range(min(options.turns, TURNS)):
         for player in players.values():
             player.turn()
