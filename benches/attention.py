@@ -13,6 +13,7 @@ from benches.common import (
     Row,
     Section,
     goal_text,
+    leave,
     milliseconds,
     ratio,
     ready,
@@ -23,7 +24,7 @@ from benches.common import (
 )
 
 GOAL = 1.5
-TURNS = 5  # at most: the ten minutes of `make bench` are short
+TURNS = 4  # at most: the ten minutes of `make bench` are short
 SECONDS = 2.5  # for the turns of a case that is slow; at least three
 
 
@@ -121,7 +122,7 @@ def measure(options: Options) -> list[Row]:
     rows: list[Row] = []
     for job in cases:
         for player in players.values():
-            player.prepare(2, job)
+            player.prepare(1, job)
         turns = max(3, min(options.turns, TURNS, int(SECONDS / sum(player.seconds for player in players.values()))))
         for _ in range(turns):
             for player in players.values():
@@ -141,8 +142,7 @@ def measure(options: Options) -> list[Row]:
             }
         )
         print(markdown(rows[-1:], {})[2], flush=True)
-    for player in players.values():
-        player.leave()
+    leave(players)
     for length in LENGTHS:
         player = Player(Ours, options.threads, warm_ups=1, case=Job((1, 1, length, 64), False, 0.1, True))
         about = take_turns({"ours": player}, 1)["ours"]

@@ -132,10 +132,7 @@ class Player:
 
     def leave(self) -> dict[str, Any]:
         """End the process; give what it says about itself."""
-        self.pipe.send(None)
-        about: dict[str, Any] = self.pipe.recv()
-        self.process.join()
-        return about | {"faults_per_step": statistics.median(self.faults or [0])}
+        return leave({"it": self})["it"]
 
 
 def ready(*players: Player) -> None:
@@ -152,7 +149,19 @@ def take_turns(players: dict[str, Player], turns: int) -> dict[str, dict[str, An
     for _ in range(turns):
         for player in players.values():
             player.turn()
-    return {name: player.leave() for name, player in players.items()}
+    return leave(players)
+
+
+def leave(players: dict[str, Player]) -> dict[str, dict[str, Any]]:
+    """End the processes, all at the same time; give what each says about itself."""
+    for player in players.values():
+        player.pipe.send(None)
+    about = {}
+    for name, player in players.items():
+        about[name] = player.pipe.recv() | {"faults_per_step": statistics.median(player.faults or [0])}
+    for player in players.values():
+        player.process.join()
+    return about
 
 
 def play_at_once(players: list[Player]) -> float:

@@ -9,7 +9,7 @@ from benches.steps import SHAPES, compare, step_table
 
 DROPOUT = 0.1
 GOAL = 2.0
-TURNS = 5  # at most: the ten minutes of `make bench` are short
+TURNS = 4  # at most: the ten minutes of `make bench` are short
 
 
 def measure(options: Options) -> list[Row]:

@@ -37,6 +37,7 @@ from benches.common import (
     Row,
     Section,
     goal_text,
+    leave,
     milliseconds,
     ratio,
     ready,
@@ -234,7 +235,7 @@ def compare(precision: str, cases: list[Case], folder: Path, options: Options) -
     rows: list[Row] = []
     for case in [first, *cases]:
         for player in players.values():
-            player.prepare(2, case)
+            player.prepare(1, case)
         for _ in range(options.turns if case is first else min(options.turns, TURNS)):
             for player in players.values():
                 player.turn()
@@ -253,7 +254,7 @@ def compare(precision: str, cases: list[Case], folder: Path, options: Options) -
         }
         rows.append(row)
         print("\n".join(speed_table([row])[2:]), flush=True)
-    about = {side: player.leave() for side, player in players.items()}
+    about = leave(players)
     for row, case in zip(rows, cases, strict=True):
         equal = float(np.mean(about["ours"]["tokens"][case] == about["ctranslate2"]["tokens"][case]))
         if precision != "int8" and case.beam == 1 and equal < 1:

@@ -29,6 +29,7 @@ from benches.common import (
     Row,
     Section,
     goal_text,
+    leave,
     milliseconds,
     ratio,
     ready,
@@ -227,7 +228,7 @@ def compare(shape: str, options: Options) -> list[Row]:
     for _ in range(min(options.turns, TURNS)):
         for player in players.values():
             player.turn()
-    about = {name: player.leave() for name, player in players.items()}
+    about = leave(players)
     rows = []
     for precision in ("f32", "int8"):
         mine, *rivals = (name for name in SIDES if name.endswith(precision))

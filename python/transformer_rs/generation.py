@@ -164,7 +164,7 @@ class Generation:
         """Say one answer token by token: those that :meth:`generate` returns for ``[ids]``.
 
         Each token is computed when it is asked for. Dropping the iterator ends the work; an error, or an interrupt, does
-        too. Other calls may use the model meanwhile, but its weights may not change.
+        too. Other calls may use the model meanwhile, but its weights may not change, nor those of a draft.
 
         Args:
             ids: The ids of one source (S,).
