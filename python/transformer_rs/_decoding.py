@@ -1,21 +1,25 @@
 """The settings of a decoding: checked here for their kind, in the compiled part for their sense."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _core
 from ._arrays import ArrayLike, Ids, IntArray, as_float, as_ints, as_number, as_seed, as_size, check_range
 from ._sequences import same_batch, targets
 from ._values import as_finite, maybe_size, nearest
 from .config import TransformerConfig
 from .errors import ConfigError, DTypeError, ShapeError
 
-if TYPE_CHECKING:
-    from .transformer import Transformer
-
 Processor = Callable[[IntArray, NDArray[np.float32]], ArrayLike]
+
+
+class Speaker(Protocol):
+    """A ``Transformer``."""
+
+    _core: _core.Transformer
 
 
 class DecodingOptions(TypedDict, total=False):
@@ -37,7 +41,7 @@ class DecodingOptions(TypedDict, total=False):
     forced: Mapping[int, int] | None
     prefixes: ArrayLike | None
     logits_processor: Processor | None
-    draft: "Transformer | None"
+    draft: Speaker | None
 
 
 def settings(
@@ -141,11 +145,10 @@ def _prefixes(op: str, config: TransformerConfig, value: Any, sources: Ids | Non
     return [prefix.tolist() for prefix in prefixes.sequences()]
 
 
-def _draft(op: str, value: Any) -> Any:
-    from .transformer import Transformer  # late, as it decodes by way of this file
-
-    if value is None or isinstance(value, Transformer):
-        return value and value._core
+def _draft(op: str, value: Any) -> _core.Transformer | None:
+    core = getattr(value, "_core", None)
+    if value is None or isinstance(core, _core.Transformer):
+        return core
     raise DTypeError(f"{op}: argument `draft`: expected a Transformer, got {type(value).__name__}")
 
 

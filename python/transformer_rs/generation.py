@@ -116,7 +116,7 @@ class Generation:
         ids = self._sources(op, src, lengths, src_lengths)
         asked = settings(op, self._config, options, ids)
         with named(op):
-            found = self._core.hypotheses(ids.ids, ids.lengths, asked)
+            found = self._core.hypotheses(ids.ids, ids.lengths, asked, asked["draft"])
         return [best[0][0] for best in found]
 
     def hypotheses(
@@ -154,7 +154,7 @@ class Generation:
         asked = settings(op, self._config, options, ids, n_best=n_best, alternatives=alternatives)
         version = self._core.version()
         with named(op):
-            found = self._core.hypotheses(ids.ids, ids.lengths, asked)
+            found = self._core.hypotheses(ids.ids, ids.lengths, asked, asked["draft"])
         return [
             [self._hypothesis(source, one, version) for one in best]
             for source, best in zip(ids.sequences(), found, strict=True)
@@ -193,7 +193,7 @@ class Generation:
                 f"{op}: argument `patience`: there is one hypothesis, which ends at its EOS; leave it out"
             )
         with named(op):
-            decoder = self._core.decoder(asked)
+            decoder = self._core.decoder(asked, asked["draft"])
             decoder.push(source.ids, source.lengths, [0])
         return _tokens(decoder)
 
@@ -243,7 +243,7 @@ class Generation:
             message = "a processor is called on the calling thread alone; pass workers=1"
             raise ConfigError(f"{op}: argument `logits_processor`: {message}")
         with named(op):
-            decoders = list(map(self._core.decoder, [asked] * n))
+            decoders = list(map(self._core.decoder, [asked] * n, [asked["draft"]] * n))
         return Window(op, self._config, inputs, ahead, decoders, progress).answers()
 
     def _sources(self, op: str, src: ArrayLike, lengths: Any, src_lengths: Any) -> Ids:

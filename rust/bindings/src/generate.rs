@@ -4,7 +4,6 @@ use crate::arrays::{to_array, with_slice};
 use crate::door;
 use crate::errors::{DTypeError, ShapeError, raise};
 use crate::model::{Model, Sequences};
-use crate::transformer::Transformer;
 use numpy::{PyArray1, PyArrayDyn, PyArrayMethods};
 use pyo3::prelude::*;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -73,11 +72,10 @@ pub struct Settings {
     prefixes: Vec<Vec<u32>>,
     alternatives: usize,
     logits_processor: Option<Py<PyAny>>,
-    draft: Option<Py<Transformer>>,
 }
 
 impl Settings {
-    fn split(self) -> (GenerateOptions, Option<Py<PyAny>>, Option<Arc<Model>>) {
+    fn split(self) -> (GenerateOptions, Option<Py<PyAny>>) {
         let sampling = self.sampling.map(|s| {
             let seeds = match s.seed {
                 SeedArgument::Shared(seed) => Seeds::Shared(seed),
@@ -101,7 +99,7 @@ impl Settings {
             alternatives: self.alternatives,
             attention: false,
         };
-        (options, self.logits_processor, self.draft.map(|draft| Arc::clone(&draft.get().model)))
+        (options, self.logits_processor)
     }
 }
 
@@ -186,12 +184,13 @@ fn found<'py>(py: Python<'py>, hypotheses: Vec<Hypothesis>, k: usize) -> PyResul
 pub fn hypotheses<'py>(
     py: Python<'py>,
     model: &Model,
+    draft: Option<&Model>,
     src: &Sequences,
     settings: Settings,
 ) -> PyResult<Vec<Vec<Found<'py>>>> {
-    let (options, function, draft) = settings.split();
+    let (options, function) = settings.split();
     let best = run(py, function.as_ref(), None, |processor| {
-        read(model, draft.as_deref(), |model, draft, pool| {
+        read(model, draft, |model, draft, pool| {
             generate::hypotheses(model, draft, pool, &src.ids, &src.rows(), &options, processor)
         })
     })?;
@@ -211,8 +210,8 @@ pub struct Decoder {
 
 impl Decoder {
     /// A decoding by this model, of no source yet.
-    pub fn new(py: Python<'_>, model: Arc<Model>, settings: Settings) -> PyResult<Self> {
-        let (options, processor, draft) = settings.split();
+    pub fn new(py: Python<'_>, model: Arc<Model>, draft: Option<Arc<Model>>, settings: Settings) -> PyResult<Self> {
+        let (options, processor) = settings.split();
         options.check(model.layers.config(), None).map_err(raise)?;
         let processed = processor.is_some();
         let decoding = door::run(py, || {

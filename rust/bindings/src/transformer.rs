@@ -179,13 +179,21 @@ impl Transformer {
         src: &Ids<'py>,
         src_lengths: &Ids<'py>,
         settings: generate::Settings,
+        draft: Option<&Bound<'py, Self>>,
     ) -> PyResult<Vec<Vec<generate::Found<'py>>>> {
-        generate::hypotheses(py, &self.model, &Sequences::read(src, src_lengths)?, settings)
+        let draft = draft.map(|draft| &*draft.get().model);
+        generate::hypotheses(py, &self.model, draft, &Sequences::read(src, src_lengths)?, settings)
     }
 
     /// A decoding that goes on when it is asked to.
-    fn decoder(&self, py: Python<'_>, settings: generate::Settings) -> PyResult<generate::Decoder> {
-        generate::Decoder::new(py, Arc::clone(&self.model), settings)
+    fn decoder(
+        &self,
+        py: Python<'_>,
+        settings: generate::Settings,
+        draft: Option<&Bound<'_, Self>>,
+    ) -> PyResult<generate::Decoder> {
+        let draft = draft.map(|draft| Arc::clone(&draft.get().model));
+        generate::Decoder::new(py, Arc::clone(&self.model), draft, settings)
     }
 
     /// Encoder states (R, D).

@@ -1,6 +1,5 @@
 //! The hypotheses of one source. It knows tokens and their log-probabilities, no model.
 
-use super::choice::not_finite;
 use super::hypothesis::Hypothesis;
 use super::options::{GenerateOptions, Plan};
 use crate::error::Result;
@@ -117,7 +116,7 @@ impl Beam {
     pub fn look_ahead(&mut self, said: Vec<Option<Follow>>, guesses: &[u32]) -> Result<usize> {
         let mut right = 0;
         for follow in said {
-            let follow = follow.ok_or_else(|| not_finite(self.len + self.ahead.len(), &self.plan))?;
+            let follow = follow.ok_or_else(|| self.plan.not_finite(self.len + self.ahead.len()))?;
             let first = follow.first();
             self.ahead.push_back(follow);
             if first.is_none() || first != guesses.get(right).copied() {

@@ -3,7 +3,7 @@
 use super::beam::{Beam, Candidate, Follow};
 use super::constraints::{Constraints, Next};
 use super::options::{GenerateOptions, Plan};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels::softmax::{LogSumExp, log_sum_exp};
 use crate::kernels::top_k::{Entry, top_k};
 use crate::models::TransformerConfig;
@@ -125,14 +125,6 @@ impl Choice {
         alternatives.iter_mut().for_each(|entry| entry.value = logprob(entry.value));
         Some(Follow { candidates: candidates.collect(), alternatives: alternatives.into() })
     }
-}
-
-/// The error of logits that are not finite.
-pub(super) fn not_finite(token: usize, plan: &Plan) -> Error {
-    Error::NonFinite(format!(
-        "decoding: token {token} of source {}: the logits are not finite; is there NaN in the weights?",
-        plan.source
-    ))
 }
 
 /// Asks a processor, and checks what it says.

@@ -2,7 +2,7 @@
 //! take their places.
 
 use super::beam::{Beam, Follow};
-use super::choice::{Choice, Processor, not_finite};
+use super::choice::{Choice, Processor};
 use super::draft::{self, Guesser};
 use super::hypothesis::Hypothesis;
 use super::memory::Room;
@@ -151,7 +151,7 @@ impl Decoding {
                 *follow = self.choice.follow(logits, None, &[Entry { id, value: logits[id as usize] }]);
             })?;
             for (&(i, at), follow) in places.iter().zip(follows) {
-                let follow = follow.ok_or_else(|| not_finite(at, &beams[i].plan))?;
+                let follow = follow.ok_or_else(|| beams[i].plan.not_finite(at))?;
                 beams[i].ahead.push_back(follow);
             }
             tape.pool.recycle(logits);
@@ -251,7 +251,7 @@ impl Decoding {
                 Some(follow) => follows.extend(vec![follow; beam.alive()]),
                 None => {
                     for follow in found.by_ref().take(beam.alive()) {
-                        follows.push(follow.ok_or_else(|| not_finite(beam.len, &beam.plan))?);
+                        follows.push(follow.ok_or_else(|| beam.plan.not_finite(beam.len))?);
                     }
                 }
             }

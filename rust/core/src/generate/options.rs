@@ -1,7 +1,7 @@
 //! What a caller may ask of a decoding.
 
 use super::sampling::Sampling;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::models::TransformerConfig;
 use crate::rng::Key;
 use crate::rows::Rows;
@@ -98,6 +98,16 @@ pub struct Plan {
     pub(super) prefix: Vec<u32>,
     /// Decides the tokens that are drawn.
     pub(super) key: Key,
+}
+
+impl Plan {
+    /// The error of logits that are not finite, at a token of this source.
+    pub(super) fn not_finite(&self, token: usize) -> Error {
+        Error::NonFinite(format!(
+            "decoding: token {token} of source {}: the logits are not finite; is there NaN in the weights?",
+            self.source
+        ))
+    }
 }
 
 impl GenerateOptions {

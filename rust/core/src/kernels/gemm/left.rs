@@ -3,13 +3,16 @@
 use super::Mat;
 use super::form::Form;
 use super::pack::{pack_panels, pack_rows, panel_len};
-use super::plan::{FEW, NEAR};
 use crate::simd::{Float, l1_ways};
 
 /// Rows of A further apart than this (half a page of f32) fall on few sets of the caches: many of them are packed, unless
 /// a set of the L1 cache holds a tile's.
 const FAR_APART: usize = 512;
 const MANY_ROWS: usize = 64;
+/// A factor, either of the two, of which every number is used so few times is read where it lies, if its steps along K are so near
+/// each other that a block of them does not fall on few sets of the caches.
+pub(super) const FEW: usize = 512;
+pub(super) const NEAR: usize = 512;
 /// Between packed rows, so that they do not fall on the same sets.
 pub(super) const GAP: usize = 16;
 

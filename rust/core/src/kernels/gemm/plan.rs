@@ -1,7 +1,7 @@
 //! How a product is cut: what is packed of the factors, how much of them at a time, and the tasks of it. No bit depends on it.
 
 use super::form::Form;
-use super::left::Left;
+use super::left::{FEW, Left, NEAR};
 use super::pack::panel_len;
 use super::tile::{self, KC};
 use super::{Mat, Rhs};
@@ -27,10 +27,6 @@ pub(super) const SLAB_ROWS: usize = 2048;
 /// contiguous: packing costs as much as a few rows.
 const PACK_FROM_ROWS: usize = 24;
 const PACK_FROM: usize = 4096;
-/// The same goes for a factor of which every number is used so few times, if its steps along K are so near each other that a
-/// block of them does not fall on few sets of the caches.
-pub(super) const FEW: usize = 512;
-pub(super) const NEAR: usize = 512;
 
 /// For one product. Steps along K are counted in units of the form.
 pub(super) struct Plan {
