@@ -21,6 +21,7 @@ fn decode(c: &mut Criterion) {
     };
     let model = Transformer::new(config).unwrap();
     let params = Params::<f32>::init(model.layout().clone(), 0).unwrap();
+    let model = Loaded { layers: &model, params: &params };
     let mut group = c.benchmark_group("decode 3+3 d256 V8000");
     group.sample_size(10).warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(5));
     for sources in [1, 32] {
@@ -36,20 +37,7 @@ fn decode(c: &mut Criterion) {
             let mut pool = Pool::default();
             group.throughput(Throughput::Elements((sources * TOKENS) as u64));
             group.bench_function(BenchmarkId::new(format!("beam {beam}"), format!("batch {sources}")), |b| {
-                b.iter(|| {
-                    black_box(
-                        hypotheses(
-                            Loaded { layers: &model, params: &params },
-                            None,
-                            &mut pool,
-                            &src,
-                            &rows,
-                            &options,
-                            None,
-                        )
-                        .unwrap(),
-                    )
-                });
+                b.iter(|| black_box(hypotheses(model, None, &mut pool, &src, &rows, &options, None).unwrap()));
             });
         }
     }

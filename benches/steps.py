@@ -211,7 +211,7 @@ def compare(
     for compute in ("f32", "bf16") if bf16 else ("f32",):
         job = Job(shape, dropout, options.threads, ragged, compute)
         players |= {f"ours {compute}": Player(Ours, job), f"torch {compute}": Player(Torch, job)}
-    turns = options.turns if dropout else math.ceil(options.turns / 3)  # without it nothing is asked for
+    turns = options.turns if dropout else math.ceil(options.turns / 2)  # without it nothing is asked for
     about = take_turns(players, turns)
     rivals = {side: player for side, player in players.items() if side.startswith("torch")}
     flops = shape.useful_flops([(len(s), len(t) + 1) for s, t in zip(*Job(shape, 0, 1, ragged).batch(), strict=True)])

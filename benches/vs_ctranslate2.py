@@ -235,7 +235,7 @@ def compare(precision: str, cases: list[Case], folder: Path, options: Options) -
     rows: list[Row] = []
     for case in [first, *cases]:
         for player in players.values():
-            player.prepare(1, case)
+            player.turn_to(case)
         for _ in range(options.turns if case is first else min(options.turns, TURNS)):
             for player in players.values():
                 player.turn()

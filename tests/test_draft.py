@@ -84,6 +84,7 @@ def test_rounded_models_may_have_drafts_too():
         ({"draft": made(src_vocab=12)}, tr.ConfigError, "src_vocab = 11, got 12"),
         ({"draft": made(eos_id=3)}, tr.ConfigError, "eos_id = 2, got 3"),
         ({"draft": DRAFTS["int8"], "beam": 2}, tr.ConfigError, "there are 2"),
+        ({"draft": MODEL, "beam": 2}, tr.ConfigError, "there are 2"),
         ({"draft": DRAFTS["int8"], "logits_processor": lambda ids, x: x}, tr.ConfigError, "logits_processor"),
     ],
 )

@@ -107,18 +107,9 @@ fn decoding_has_its_rows() -> Result<()> {
     let five = Length::Fixed(5);
     let options =
         GenerateOptions { max_len: Some(five), min_len: five, beam: 2, attention: true, ..Default::default() };
-    let decode = || {
-        hypotheses(
-            Loaded { layers: &model, params: &params },
-            None,
-            &mut Pool::default(),
-            &[3, 4, 5, 3, 4, 5, 6],
-            &rows,
-            &options,
-            None,
-        )
-        .unwrap()
-    };
+    let model = Loaded { layers: &model, params: &params };
+    let src = [3, 4, 5, 3, 4, 5, 6];
+    let decode = || hypotheses(model, None, &mut Pool::default(), &src, &rows, &options, None).unwrap();
     let plain = decode();
     let (same, rows) = profiled(decode);
     assert_eq!(plain, same);

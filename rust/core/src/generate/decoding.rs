@@ -7,7 +7,7 @@ use super::draft::{self, Guesser};
 use super::hypothesis::Hypothesis;
 use super::memory::Room;
 use super::options::{GenerateOptions, Plan};
-use super::{Loaded, on_tape, some_rows};
+use super::{Loaded, join, on_tape};
 use crate::ensure;
 use crate::error::Result;
 use crate::kernels::top_k::Entry;
@@ -93,8 +93,7 @@ impl Decoding {
         let beams = plans.into_iter().map(|plan| Beam::new(self.options.clone(), plan, self.choice.falls()));
         let (mut beams, src): (Vec<Beam>, _) = (beams.collect(), src.concat());
         let mut state = on_tape(pool, |tape| {
-            let memory = model.layers.encode(tape, model.params, &src, &rows)?;
-            let mut state = model.layers.start(tape, model.params, memory, &rows)?;
+            let mut state = model.start(tape, &src, &rows)?;
             self.read_prefixes(model, tape, &mut state, &mut beams)?;
             Ok(state)
         })?;
@@ -106,10 +105,7 @@ impl Decoding {
         if roots.len() > beams.len() {
             state.reorder(&roots);
         }
-        match &mut self.state {
-            Some(all) => all.join(state),
-            None => self.state = Some(state),
-        }
+        join(&mut self.state, state);
         self.beams.extend(beams);
         Ok(())
     }
@@ -117,7 +113,7 @@ impl Decoding {
     /// Lets the model read all but the last token of long prefixes at once.
     fn read_prefixes(
         &self,
-        Loaded { layers: model, params }: Loaded<'_>,
+        model: Loaded<'_>,
         tape: &mut Tape<f32>,
         state: &mut DecoderState<f32>,
         beams: &mut [Beam],
@@ -129,20 +125,18 @@ impl Decoding {
         }
         // BOS says what the first token's chances are, ..., the last but one what the last one's are.
         let read = |beam: &Beam| {
-            [model.config().bos_id]
+            [model.layers.config().bos_id]
                 .into_iter()
                 .chain(beam.plan.prefix.iter().copied())
                 .take(long(beam))
                 .collect::<Vec<_>>()
         };
         let tokens: Vec<u32> = beams.iter().flat_map(read).collect();
-        let hidden = model.advance(tape, params, &tokens, &rows, state)?;
+        let hidden = model.layers.advance(tape, model.params, &tokens, &rows, state)?;
         let places: Vec<(usize, usize)> =
             (0..beams.len()).flat_map(|i| (0..rows.length(i)).map(move |at| (i, at))).collect();
         for (places, first) in places.chunks(PREFIX_ROWS).zip((0..).step_by(PREFIX_ROWS)) {
-            let part = some_rows(tape, hidden, &(first..first + places.len()).collect::<Vec<_>>())?;
-            let logits = model.logits(tape, params, part)?;
-            let logits = tape.take(logits)?;
+            let logits = model.logits(tape, hidden, first..first + places.len())?;
             let mut follows = vec![None; places.len()];
             let plans: Vec<&Plan> = places.iter().map(|&(i, _)| &beams[i].plan).collect();
             let of = plans.iter().zip(places).zip(logits.chunks(logits.cols()));
@@ -229,12 +223,7 @@ impl Decoding {
         }
         let mut found = Vec::new();
         if !rows.is_empty() {
-            let logits = on_tape(pool, |tape| {
-                let lengths = Rows::from_lengths(&lengths);
-                let hidden = model.layers.advance(tape, model.params, &tokens, &lengths, state)?;
-                let logits = model.layers.logits(tape, model.params, hidden)?;
-                tape.take(logits)
-            })?;
+            let logits = model.read(pool, state, &tokens, &Rows::from_lengths(&lengths), 0..tokens.len())?;
             let chosen = self.choice.choose(rows, &logits, processor);
             pool.recycle(logits);
             found = chosen?;

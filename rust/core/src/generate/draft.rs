@@ -7,7 +7,7 @@
 use super::beam::Beam;
 use super::choice::Choice;
 use super::options::GenerateOptions;
-use super::{Loaded, on_tape, some_rows};
+use super::{Loaded, join, on_tape};
 use crate::ensure;
 use crate::error::Result;
 use crate::models::DecoderState;
@@ -17,11 +17,11 @@ use crate::tape::Pool;
 
 /// Tokens that are guessed of a source at first, and at most.
 const FIRST: usize = 6;
-const MOST: usize = 10;
+const MOST_GUESSES: usize = 10;
 /// Rows that the model reads at a time: with more of them its products take longer than the weights take to come from memory.
 const ROWS: usize = 16;
 /// Sources that are guessed for, two tokens at least of each.
-const SOURCES: usize = ROWS / 3;
+const MOST_SOURCES: usize = ROWS / 3;
 
 /// What a draft knows of the sources under way, a sequence of each.
 #[derive(Debug, Default)]
@@ -61,25 +61,18 @@ impl Guesser {
     /// are done.
     pub fn admit(
         &mut self,
-        Loaded { layers: model, params }: Loaded<'_>,
+        draft: Loaded<'_>,
         pool: &mut Pool<f32>,
         src: &[u32],
         rows: &Rows,
         here: &[Beam],
     ) -> Result<()> {
-        let few = self.knows_all(here) && here.len() + rows.sequences() <= SOURCES;
-        if !few || rows.lengths().any(|n| n > model.config().longest()) {
+        let few = self.knows_all(here) && here.len() + rows.sequences() <= MOST_SOURCES;
+        if !few || rows.lengths().any(|n| n > draft.layers.config().longest()) {
             *self = Guesser::default();
             return Ok(());
         }
-        let state = on_tape(pool, |tape| {
-            let memory = model.encode(tape, params, src, rows)?;
-            model.start(tape, params, memory, rows)
-        })?;
-        match &mut self.state {
-            Some(all) => all.join(state),
-            None => self.state = Some(state),
-        }
+        join(&mut self.state, on_tape(pool, |tape| draft.start(tape, src, rows))?);
         self.counts.resize(self.counts.len() + rows.sequences(), FIRST);
         Ok(())
     }
@@ -100,13 +93,13 @@ impl Guesser {
     /// What may come next in each source that the model is about to read, behind what follows it in any case.
     pub fn guess(
         &mut self,
-        Loaded { layers: model, params }: Loaded<'_>,
+        draft: Loaded<'_>,
         pool: &mut Pool<f32>,
         choice: &Choice,
         beams: &[Beam],
         reads: &[bool],
     ) -> Result<Vec<Vec<u32>>> {
-        let config = model.config();
+        let config = draft.layers.config();
         let mut guesses = vec![Vec::new(); beams.len()];
         let reading = reads.iter().filter(|&&reads| reads).count();
         let Some(state) = self.state.as_mut().filter(|_| reading > 0) else { return Ok(guesses) };
@@ -131,13 +124,8 @@ impl Guesser {
                 unread[i] = text[state.positions()[i]..].to_vec();
             }
             let rows = Rows::from_lengths(&unread.iter().map(Vec::len).collect::<Vec<_>>());
-            let last: Vec<usize> = goes_on.iter().map(|&i| rows.range(i).end - 1).collect();
-            let logits = on_tape(pool, |tape| {
-                let hidden = model.advance(tape, params, &unread.concat(), &rows, state)?;
-                let hidden = some_rows(tape, hidden, &last)?;
-                let logits = model.logits(tape, params, hidden)?;
-                tape.take(logits)
-            })?;
+            let last = goes_on.iter().map(|&i| rows.range(i).end - 1);
+            let logits = draft.read(pool, state, &unread.concat(), &rows, last)?;
             let asked = goes_on.iter().map(|&i| choice.row(&beams[i], 0, &[&behind[i][..], &guesses[i]].concat()));
             let asked = asked.collect();
             let follows = choice.choose(asked, &logits, None);
@@ -154,7 +142,7 @@ impl Guesser {
     /// So many guesses of a source were right: about as many will be the next time.
     pub fn learn(&mut self, source: usize, guesses: usize, right: usize) {
         if guesses > 0 {
-            self.counts[source] = (right + 2).min(MOST);
+            self.counts[source] = (right + 2).min(MOST_GUESSES);
         }
     }
 
@@ -167,10 +155,13 @@ impl Guesser {
 #[cfg(test)]
 mod tests {
     use super::super::beam::{Candidate, Follow};
-    use super::super::{Length, hypotheses};
+    use super::super::tests::{Fixture, SOURCES, beams, config, everything, fixed};
+    use super::super::{Decoding, Length, Sampling, Seeds, hypotheses};
     use super::*;
-    use crate::models::{Transformer, TransformerConfig};
+    use crate::error::Error;
+    use crate::models::{PositionKind, Transformer, TransformerConfig};
     use crate::tape::Params;
+    use crate::threads::with_local_limit;
     use std::sync::Arc;
 
     #[test]
@@ -223,10 +214,78 @@ mod tests {
         beams[0].ahead.extend([follow(said[16]), follow(said[17])]);
         assert_eq!(guess(&mut guesser, &beams), said[18..19]);
         // Nobody guesses for many, until they are done.
-        let many = Rows::from_lengths(&[3; SOURCES]);
-        guesser.admit(loaded, &mut pool, &src.repeat(SOURCES), &many, &beams).unwrap();
+        let many = Rows::from_lengths(&[3; MOST_SOURCES]);
+        guesser.admit(loaded, &mut pool, &src.repeat(MOST_SOURCES), &many, &beams).unwrap();
         assert!(!guesser.knows_all(&beams) && guess(&mut guesser, &beams).is_empty());
-        guesser.admit(loaded, &mut pool, &src.repeat(SOURCES), &many, &[]).unwrap();
-        assert_eq!(guesser.counts, [FIRST; SOURCES]);
+        guesser.admit(loaded, &mut pool, &src.repeat(MOST_SOURCES), &many, &[]).unwrap();
+        assert_eq!(guesser.counts, [FIRST; MOST_SOURCES]);
+    }
+
+    #[test]
+    fn a_draft_makes_no_difference() {
+        let fixture = Fixture::new(config(), 8);
+        let (mut near, mut broken) = (Fixture::new(config(), 8), Fixture::new(config(), 8));
+        near.change("decoder.layers.1.feed_forward.down.weight", |i, w| if i % 3 == 0 { 0.0 } else { w });
+        broken.change("head.bias", |_, _| f32::NAN);
+        let short = TransformerConfig { positions: PositionKind::Learned, max_positions: Some(12), ..config() };
+        let stranger = Fixture::new(TransformerConfig { d_model: 8, n_decoder_layers: 1, ..short }, 3);
+        let sampling =
+            Sampling { seeds: Seeds::Shared(4), temperature: 0.7, top_k: None, top_p: Some(0.9), min_p: None };
+        // Longer than pages of the caches, which wrong guesses fill and leave again.
+        let long = GenerateOptions { min_len: Length::Fixed(45), max_len: fixed(50), ..GenerateOptions::default() };
+        let longer = [7; 13];
+        let found = fixture.search_with(Some(&stranger), &[&longer], &beams(1, 1)).unwrap();
+        assert_eq!(found, fixture.search(&[&longer], &beams(1, 1)).unwrap());
+        let mut all = everything();
+        all.retain(|options| options.width() == 1);
+        all.extend([
+            beams(1, 1),
+            long.clone(),
+            GenerateOptions { sampling: Some(sampling), attention: true, ..long },
+            GenerateOptions { patience: 3.0, max_len: fixed(9), ..GenerateOptions::default() },
+            GenerateOptions { max_len: fixed(1), ..GenerateOptions::default() },
+        ]);
+        let many: Vec<&[u32]> = (0..40).map(|i| SOURCES[i % 5]).collect();
+        for options in all {
+            let expected = fixture.search(&SOURCES, &options).unwrap();
+            for draft in [&fixture, &near, &stranger, &broken] {
+                let draft = Some(draft);
+                assert_eq!(fixture.search_with(draft, &SOURCES, &options).unwrap(), expected, "{options:?}");
+                for threads in [1, 3] {
+                    let found = with_local_limit(threads, || fixture.search_with(draft, &SOURCES, &options));
+                    assert_eq!(found.unwrap(), expected);
+                }
+                if options.prefixes.is_empty() && options.sampling.is_none() {
+                    for (src, expected) in SOURCES.iter().zip(&expected) {
+                        assert_eq!(&fixture.search_with(draft, &[src], &options).unwrap()[0], expected);
+                    }
+                    // Too many for guesses, until few are left.
+                    let found = fixture.search_with(draft, &many, &options).unwrap();
+                    assert!((0..40).all(|i| found[i] == expected[i % 5]));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_draft_that_cannot_help_is_refused() {
+        let fixture = Fixture::new(config(), 8);
+        let sampling = Sampling { seeds: Seeds::Shared(4), temperature: 0.7, top_k: None, top_p: None, min_p: None };
+        let other = Fixture::new(TransformerConfig { tgt_vocab: 9, ..config() }, 8);
+        let greedy = beams(1, 1);
+        for (draft, options, text) in [
+            (&fixture, beams(2, 1), "there are 2"),
+            (&fixture, GenerateOptions { sampling: Some(sampling), n_best: 3, ..greedy.clone() }, "there are 3"),
+            (&other, greedy.clone(), "tgt_vocab = 8, got 9"),
+        ] {
+            let error = fixture.search_with(Some(draft), &SOURCES, &options).unwrap_err();
+            assert!(
+                matches!(&error, Error::Config(message) if message.contains("`draft`") && message.contains(text)),
+                "{error}"
+            );
+        }
+        let loaded = fixture.loaded();
+        let error = Decoding::new(loaded, Some(loaded), &greedy, true).unwrap_err();
+        assert!(matches!(&error, Error::Config(message) if message.contains("logits_processor")), "{error}");
     }
 }

@@ -23,7 +23,9 @@ pub(super) struct Room {
 impl Room {
     /// What this machine has for models like these, all at work on the same sources.
     pub fn of<'a>(models: impl Iterator<Item = &'a TransformerConfig>, options: &GenerateOptions) -> Self {
-        let token = |config: &TransformerConfig| 2 * config.n_decoder_layers as u128 * config.d_model as u128 * 4;
+        let token = |config: &TransformerConfig| {
+            2 * config.n_decoder_layers as u128 * config.d_model as u128 * size_of::<f32>() as u128
+        };
         Room { token: models.map(token).sum(), width: options.width(), free: available().unwrap_or(u128::MAX) }
     }
 

@@ -34,9 +34,9 @@ pub use sampling::{Sampling, Seeds};
 
 use crate::ensure;
 use crate::error::Result;
-use crate::models::Transformer;
+use crate::models::{DecoderState, Transformer};
 use crate::rows::Rows;
-use crate::tape::{Params, Pool, Tape, Var};
+use crate::tape::{Params, Pool, Tape, Tensor, Var};
 use crate::threads;
 
 /// A model that is ready to speak.
@@ -46,6 +46,44 @@ pub struct Loaded<'a> {
     pub layers: &'a Transformer,
     /// Its weights.
     pub params: &'a Params<f32>,
+}
+
+impl Loaded<'_> {
+    /// The state before the first token of sources.
+    fn start(self, tape: &mut Tape<f32>, src: &[u32], rows: &Rows) -> Result<DecoderState<f32>> {
+        let memory = self.layers.encode(tape, self.params, src, rows)?;
+        self.layers.start(tape, self.params, memory, rows)
+    }
+
+    /// Reads the next tokens of every sequence; gives the logits after those in these rows.
+    fn read(
+        self,
+        pool: &mut Pool<f32>,
+        state: &mut DecoderState<f32>,
+        tokens: &[u32],
+        rows: &Rows,
+        asked: impl Iterator<Item = usize>,
+    ) -> Result<Tensor<f32>> {
+        on_tape(pool, |tape| {
+            let hidden = self.layers.advance(tape, self.params, tokens, rows, state)?;
+            self.logits(tape, hidden, asked)
+        })
+    }
+
+    /// The logits of these rows of the hidden states (R, D).
+    fn logits(self, tape: &mut Tape<f32>, hidden: Var, asked: impl Iterator<Item = usize>) -> Result<Tensor<f32>> {
+        let hidden = some_rows(tape, hidden, &asked.collect::<Vec<_>>())?;
+        let logits = self.layers.logits(tape, self.params, hidden)?;
+        tape.take(logits)
+    }
+}
+
+/// Puts sequences behind those that are there.
+fn join(all: &mut Option<DecoderState<f32>>, more: DecoderState<f32>) {
+    match all {
+        Some(all) => all.join(more),
+        None => *all = Some(more),
+    }
 }
 
 /// The best hypotheses of every source, best first. `src` holds the ids of the sources one after the other, as `rows` says. A draft

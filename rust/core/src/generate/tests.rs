@@ -11,12 +11,12 @@ const PAD: u32 = 0;
 const BOS: u32 = 1;
 const EOS: u32 = 2;
 
-struct Fixture {
+pub(super) struct Fixture {
     model: Transformer,
     params: Params<f32>,
 }
 
-fn config() -> TransformerConfig {
+pub(super) fn config() -> TransformerConfig {
     TransformerConfig {
         d_model: 16,
         n_heads: 2,
@@ -29,7 +29,7 @@ fn config() -> TransformerConfig {
 
 impl Fixture {
     /// A random model whose head is large enough to make some tokens much likelier than others.
-    fn new(config: TransformerConfig, seed: u64) -> Self {
+    pub(super) fn new(config: TransformerConfig, seed: u64) -> Self {
         let model = Transformer::new(config).unwrap();
         let mut fixture = Fixture { params: Params::init(model.layout().clone(), seed).unwrap(), model };
         let head = if fixture.model.config().tie_embeddings.is_none() { "head.weight" } else { "tgt_embedding.weight" };
@@ -38,21 +38,21 @@ impl Fixture {
     }
 
     /// Changes the elements of a parameter, given their numbers.
-    fn change(&mut self, name: &str, f: impl Fn(usize, f32) -> f32) {
+    pub(super) fn change(&mut self, name: &str, f: impl Fn(usize, f32) -> f32) {
         let id = self.params.layout().find(name).unwrap();
         let values: Vec<f32> = self.params.get(id).iter().enumerate().map(|(i, &w)| f(i, w)).collect();
         self.params.set(id, &values).unwrap();
     }
 
-    fn loaded(&self) -> Loaded<'_> {
+    pub(super) fn loaded(&self) -> Loaded<'_> {
         Loaded { layers: &self.model, params: &self.params }
     }
 
-    fn search(&self, sources: &[&[u32]], options: &GenerateOptions) -> Result<Vec<Vec<Hypothesis>>> {
+    pub(super) fn search(&self, sources: &[&[u32]], options: &GenerateOptions) -> Result<Vec<Vec<Hypothesis>>> {
         self.search_with(None, sources, options)
     }
 
-    fn search_with(
+    pub(super) fn search_with(
         &self,
         draft: Option<&Fixture>,
         sources: &[&[u32]],
@@ -129,13 +129,13 @@ fn hypothesis(ids: Vec<u32>, token_logprobs: Vec<f32>, finished: bool, options: 
 }
 
 /// Ragged sources, one of them empty.
-const SOURCES: [&[u32]; 5] = [&[3, 4, 5, 6, 7, 8], &[8, 3], &[], &[5, 5, 5, 1, 2, 4, 3, 6, 7], &[6]];
+pub(super) const SOURCES: [&[u32]; 5] = [&[3, 4, 5, 6, 7, 8], &[8, 3], &[], &[5, 5, 5, 1, 2, 4, 3, 6, 7], &[6]];
 
-fn fixed(n: usize) -> Option<Length> {
+pub(super) fn fixed(n: usize) -> Option<Length> {
     Some(Length::Fixed(n))
 }
 
-fn beams(beam: usize, n_best: usize) -> GenerateOptions {
+pub(super) fn beams(beam: usize, n_best: usize) -> GenerateOptions {
     GenerateOptions { beam, n_best, ..GenerateOptions::default() }
 }
 
@@ -255,7 +255,7 @@ fn a_source_gets_the_same_bits_alone_in_any_batch_order_and_number_of_threads() 
 }
 
 /// Options that all do something to these sources.
-fn everything() -> Vec<GenerateOptions> {
+pub(super) fn everything() -> Vec<GenerateOptions> {
     let sampling = |seeds, top_p| Sampling { seeds, temperature: 0.8, top_k: Some(5), top_p, min_p: Some(0.01) };
     let each = Seeds::Each(vec![7, 8, 9, 10, 11]);
     let common = GenerateOptions {
@@ -310,73 +310,6 @@ fn every_option_gives_the_same_bits_alone_and_on_any_threads() {
     said.sort();
     said.dedup();
     assert!(said.len() > 20, "draws and searches differ: {}", said.len());
-}
-
-#[test]
-fn a_draft_makes_no_difference() {
-    let fixture = Fixture::new(config(), 8);
-    let (mut near, mut broken) = (Fixture::new(config(), 8), Fixture::new(config(), 8));
-    near.change("decoder.layers.1.feed_forward.down.weight", |i, w| if i % 3 == 0 { 0.0 } else { w });
-    broken.change("head.bias", |_, _| f32::NAN);
-    let short = TransformerConfig { positions: PositionKind::Learned, max_positions: Some(12), ..config() };
-    let stranger = Fixture::new(TransformerConfig { d_model: 8, n_decoder_layers: 1, ..short }, 3);
-    let sampling = Sampling { seeds: Seeds::Shared(4), temperature: 0.7, top_k: None, top_p: Some(0.9), min_p: None };
-    // Longer than pages of the caches, which wrong guesses fill and leave again.
-    let long = GenerateOptions { min_len: Length::Fixed(45), max_len: fixed(50), ..GenerateOptions::default() };
-    let longer = [7; 13];
-    let found = fixture.search_with(Some(&stranger), &[&longer], &beams(1, 1)).unwrap();
-    assert_eq!(found, fixture.search(&[&longer], &beams(1, 1)).unwrap());
-    let mut all = everything();
-    all.retain(|options| options.width() == 1);
-    all.extend([
-        beams(1, 1),
-        long.clone(),
-        GenerateOptions { sampling: Some(sampling), attention: true, ..long },
-        GenerateOptions { patience: 3.0, max_len: fixed(9), ..GenerateOptions::default() },
-        GenerateOptions { max_len: fixed(1), ..GenerateOptions::default() },
-    ]);
-    let many: Vec<&[u32]> = (0..40).map(|i| SOURCES[i % 5]).collect();
-    for options in all {
-        let expected = fixture.search(&SOURCES, &options).unwrap();
-        for draft in [&fixture, &near, &stranger, &broken] {
-            let draft = Some(draft);
-            assert_eq!(fixture.search_with(draft, &SOURCES, &options).unwrap(), expected, "{options:?}");
-            for threads in [1, 3] {
-                let found = with_local_limit(threads, || fixture.search_with(draft, &SOURCES, &options));
-                assert_eq!(found.unwrap(), expected);
-            }
-            if options.prefixes.is_empty() && options.sampling.is_none() {
-                for (src, expected) in SOURCES.iter().zip(&expected) {
-                    assert_eq!(&fixture.search_with(draft, &[src], &options).unwrap()[0], expected);
-                }
-                // Too many for guesses, until few are left.
-                let found = fixture.search_with(draft, &many, &options).unwrap();
-                assert!((0..40).all(|i| found[i] == expected[i % 5]));
-            }
-        }
-    }
-}
-
-#[test]
-fn a_draft_that_cannot_help_is_refused() {
-    let fixture = Fixture::new(config(), 8);
-    let sampling = Sampling { seeds: Seeds::Shared(4), temperature: 0.7, top_k: None, top_p: None, min_p: None };
-    let other = Fixture::new(TransformerConfig { tgt_vocab: 9, ..config() }, 8);
-    let greedy = beams(1, 1);
-    for (draft, options, text) in [
-        (&fixture, beams(2, 1), "there are 2"),
-        (&fixture, GenerateOptions { sampling: Some(sampling), n_best: 3, ..greedy.clone() }, "there are 3"),
-        (&other, greedy.clone(), "tgt_vocab = 8, got 9"),
-    ] {
-        let error = fixture.search_with(Some(draft), &SOURCES, &options).unwrap_err();
-        assert!(
-            matches!(&error, Error::Config(message) if message.contains("`draft`") && message.contains(text)),
-            "{error}"
-        );
-    }
-    let loaded = fixture.loaded();
-    let error = Decoding::new(loaded, Some(loaded), &greedy, true).unwrap_err();
-    assert!(matches!(&error, Error::Config(message) if message.contains("logits_processor")), "{error}");
 }
 
 #[test]

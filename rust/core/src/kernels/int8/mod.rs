@@ -31,8 +31,9 @@ const TASK_BYTES: usize = 256 << 10;
 /// A task may have so many rows, whatever their bytes.
 const TASK_ROWS: usize = 96;
 /// Where there are so many rows for each thread they are shared out: a thread then reads and writes rows of its own, as the
-/// operations before and after do. Where the cores have no cache in common 128 rows take a tenth less time, elsewhere the same.
-const THREAD_ROWS: usize = 24;
+/// operations before and after do. Where two cores have no cache in common 128 rows take a tenth less time, elsewhere the same; with
+/// fewer rows for each, many threads would read all weights for little work.
+const THREAD_ROWS: usize = 64;
 /// A task has at least so many multiply-adds: some ten microseconds.
 const TASK: usize = 1 << 20;
 /// Below this number of multiply-adds a product runs on the calling thread.
