@@ -122,7 +122,7 @@ def measure(options: Options) -> list[Row]:
     rows: list[Row] = []
     for job in cases:
         for player in players.values():
-            player.turn_to(job)
+            player.prepare(1, job)
         turns = max(3, min(options.turns, TURNS, int(SECONDS / sum(player.seconds for player in players.values()))))
         for _ in range(turns):
             for player in players.values():
