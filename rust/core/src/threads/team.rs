@@ -31,7 +31,7 @@ struct Job<'a> {
 impl Job<'_> {
     /// The number of the task that was claimed.
     fn index(&self, claim: Claim) -> usize {
-        share(self.tasks, self.shares, claim.share).end - claim.left
+        part(self.tasks, self.shares, claim.share).end - claim.left
     }
 }
 
@@ -40,12 +40,12 @@ pub fn share_of(index: usize, tasks: usize, threads: usize) -> Range<usize> {
     let shares = threads.min(MAX_SHARES).min(tasks);
     // The last share that begins at `index` or before: start(i) ≤ index means i · tasks < (index + 1) · shares.
     let i = ((index as u64 + 1) * shares as u64).div_ceil(tasks as u64) - 1;
-    share(tasks, shares, i as usize)
+    part(tasks, shares, i as usize)
 }
 
-/// Part `i` of 0..`tasks` in so many parts.
-fn share(tasks: usize, shares: usize, i: usize) -> Range<usize> {
-    let start = |i: usize| (i as u64 * tasks as u64 / shares as u64) as usize; // at most MAX_SHARES · MAX_TASKS
+/// Part `i` of 0..`len` in so many parts, as even as can be. (`len` · `parts` fits into 64 bits.)
+pub fn part(len: usize, parts: usize, i: usize) -> Range<usize> {
+    let start = |i: usize| (i as u64 * len as u64 / parts as u64) as usize;
     start(i)..start(i + 1)
 }
 
@@ -116,7 +116,7 @@ impl Team {
         self.done.0.store(0, Ordering::Relaxed);
         published.store((&raw const job).cast::<Job<'static>>().cast_mut(), Ordering::Relaxed);
         for (i, to) in self.shares[..shares].iter().enumerate() {
-            to.0.store(number << 32 | share(tasks, shares, i).len() as u64, Ordering::Relaxed);
+            to.0.store(number << 32 | part(tasks, shares, i).len() as u64, Ordering::Relaxed);
         }
         region.store(number, Ordering::Release);
 
@@ -259,7 +259,7 @@ mod tests {
     #[test]
     fn shares_are_all_the_tasks_in_their_order() {
         for (tasks, shares) in [(1, 1), (7, 2), (64, 64), (100, 7), (MAX_TASKS, MAX_SHARES)] {
-            let parts: Vec<_> = (0..shares).map(|i| share(tasks, shares, i)).collect();
+            let parts: Vec<_> = (0..shares).map(|i| part(tasks, shares, i)).collect();
             assert!(parts[0].start == 0 && parts[shares - 1].end == tasks);
             assert!(parts.windows(2).all(|pair| pair[0].end == pair[1].start));
             assert!(parts.iter().all(|part| part.len().abs_diff(tasks / shares) <= 1));

@@ -5,7 +5,7 @@ use super::left::{FEW, Left, NEAR};
 use super::pack::panel_len;
 use super::tile::{self, KC};
 use super::{Mat, Rhs};
-use crate::kernels::grid::Grid;
+use crate::kernels::grid::{Cut, Grid};
 use crate::simd::Float;
 
 /// Fewer rows than this take as long: B has to come from memory.
@@ -75,24 +75,26 @@ impl Plan {
 
     /// The tasks of a slab: about eight per worker, or four, none too small.
     pub fn tasks(&self, rows: usize, cols: usize, depth: usize, workers: usize, from_memory: bool) -> Grid {
-        let tile = self.tile;
-        // Where there are rows for all, tasks are thin and wide: each row of A is read by few of them. Where B comes from memory
-        // it is to come once.
-        let most = if workers > 1 && rows >= 8 * workers * TASK_ROWS / 2 {
-            TASK_ROWS / 2
+        let (tile_rows, tile_cols) = self.tile;
+        let thin = TASK_ROWS / 2;
+        let row_parts = if workers > 1 && rows >= 8 * workers * thin {
+            // Where there are rows for all, tasks are thin and wide: each row of A is read by few of them.
+            rows / thin / workers * workers
         } else if from_memory {
-            TASK_ROWS.max(TASK_A / depth.clamp(1, KC))
+            // Where B comes from memory it is to come once.
+            rows.div_ceil(TASK_ROWS.max(TASK_A / depth.clamp(1, KC)))
         } else {
-            TASK_ROWS
+            rows.div_ceil(TASK_ROWS)
         };
-        let row_blocks = rows.div_ceil(most);
-        let row_block = rows.div_ceil(row_blocks).next_multiple_of(tile.0);
-        let at_once = tile::shape(rows.min(row_block), tile.0).1 * tile.1;
-        let at_least = (TASK / (row_block.min(rows).max(LEAST_ROWS) * depth.max(1)).max(1)).max(1);
+        let least = rows / row_parts; // rows of a task, about
+        let (height, panels) = tile::shape(least, tile_rows);
+        // Packed tiles are as high as the tallest.
+        let by_row = Cut::new(rows, if self.packs_a() { tile_rows } else { height }, row_parts);
+        let at_least = (TASK / (least.max(LEAST_ROWS) * depth.max(1)).max(1)).max(1);
         // The first panels of a task are waited for where they come from memory.
         let tasks = if from_memory { 4 } else { 8 } * workers;
-        let wanted = if workers == 1 { cols } else { cols.div_ceil(tasks.div_ceil(row_blocks)) };
-        let col_block = wanted.max(at_least).min(TASK_COLS).next_multiple_of(at_once);
-        Grid { rows, cols, row_block, col_block }
+        let wanted = if workers == 1 { cols } else { cols.div_ceil(tasks.div_ceil(row_parts)) };
+        let col_parts = cols.div_ceil(wanted.max(at_least).min(TASK_COLS));
+        Grid::new(by_row, Cut::new(cols, panels * tile_cols, col_parts), workers)
     }
 }

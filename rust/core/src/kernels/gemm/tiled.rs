@@ -7,6 +7,7 @@ use super::form::{Form, Pairs};
 use super::left::GAP;
 use super::pack::{self, panel_len};
 use super::*;
+use crate::kernels::grid::Cut;
 use crate::simd::amx::{BLOCK, DEPTH, Operands, Tiles, Units};
 
 type Blocks = Pairs<DEPTH>;
@@ -93,8 +94,9 @@ pub(super) fn product<T: Float, E: Epilogue<T>>(
 /// depends on it.
 fn grid(rows: usize, cols: usize, depth: usize, workers: usize) -> Grid {
     let wanted = if workers == 1 { 1 } else { 8 * workers };
-    let row_block = rows.div_ceil(wanted).min(TASK_ROWS).next_multiple_of(BLOCK);
-    let across = wanted.div_ceil(rows.div_ceil(row_block));
-    let at_least = TASK / (row_block.min(rows) * depth * Blocks::STEPS);
-    Grid { rows, cols, row_block, col_block: cols.div_ceil(across).max(at_least).next_multiple_of(BLOCK) }
+    let by_row = Cut::new(rows, BLOCK, wanted.max(rows.div_ceil(TASK_ROWS)));
+    let least = rows / by_row.parts();
+    let at_least = TASK / (least.max(1) * depth * Blocks::STEPS);
+    let across = wanted.div_ceil(by_row.parts()).min(cols / at_least.max(1));
+    Grid::new(by_row, Cut::new(cols, BLOCK, across), workers)
 }

@@ -14,7 +14,7 @@ pub use pack::Int8Rhs;
 pub use quantize::quantize_rows;
 
 use super::gemm::{Epilogue, stash};
-use super::grid::{Grid, Neighbours};
+use super::grid::{Cut, Grid, Neighbours};
 use crate::error::Result;
 use crate::simd::bytes::{Bytes, Multiplier, Operands, PANEL, Products, STEP, Sums, WIDTH};
 use crate::simd::{Float, Kernel, MAX_LANES, Simd, prefetch};
@@ -181,19 +181,18 @@ unsafe impl<T: Send> Sync for Output<T> {}
 
 /// Some eight tasks for each worker, none too small. Columns are panels.
 fn tasks(rows: usize, panels: usize, depth: usize, workers: usize, bytes: Bytes) -> Grid {
-    let row_blocks = rows.div_ceil(TASK_ROWS.max(TASK_BYTES / depth.max(1)));
+    let row_parts = rows.div_ceil(TASK_ROWS.max(TASK_BYTES / depth.max(1)));
     let shared_out = workers > 1 && rows >= THREAD_ROWS * workers;
-    let row_blocks = if shared_out { row_blocks.next_multiple_of(workers) } else { row_blocks };
-    // Not whole tiles, so that threads have the same: tiles of equal height take what is left.
-    let row_block = rows.div_ceil(row_blocks).next_multiple_of(4);
-    let at_once = bytes.panels_at_once(row_block.min(rows));
-    let at_least = TASK.div_ceil((row_block.min(rows).max(LEAST_ROWS) * depth.max(1) * PANEL).max(1));
+    let row_parts = if shared_out { row_parts.next_multiple_of(workers) } else { row_parts };
+    let least = rows / row_parts; // rows of a task, about
+    let at_least = TASK.div_ceil((least.max(LEAST_ROWS) * depth.max(1) * PANEL).max(1));
     let wanted = match workers {
         1 => panels,
-        _ => panels.div_ceil((8 * workers).div_ceil(row_blocks)),
+        _ => panels.div_ceil((8 * workers).div_ceil(row_parts)),
     };
-    let col_block = wanted.max(at_least).next_multiple_of(at_once).min(panels.max(1));
-    Grid { rows, cols: panels, row_block, col_block }
+    // Not whole tiles: tiles of equal height take what is left.
+    let by_row = Cut::new(rows, 4, row_parts);
+    Grid::new(by_row, Cut::new(panels, bytes.panels_at_once(least), panels.div_ceil(wanted.max(at_least))), workers)
 }
 
 thread_local! {
