@@ -58,7 +58,7 @@ fn elementwise(c: &mut Criterion) {
             sum_blocks(&mut partials[..partial_rows(rows) * cols], &x, cols)?;
             fold_partials(&mut partials[..partial_rows(rows) * cols], cols)
         });
-        run("sum of squares", 1, &mut || sum_of_squares(std::iter::once(&x[..])).map(|_| ()));
+        run("sum of squares", 1, &mut || sum_of_squares(std::iter::once(&x[..]), 1.0).map(|_| ()));
     }
     let (rows, cols) = LOGITS;
     let (mut logits, mut losses) = (numbers(rows * cols, 8), vec![RowLoss::default(); rows]);

@@ -19,7 +19,7 @@ TOKENS, D_MODEL, LENGTH = 32_768, 256, 8
 VOCAB = 16_384
 # (operation, part, pass) with what is said about it; softmax of logits and the optimiser's passes are those of the training steps.
 LAYERS = {("layer_norm", ""), ("rms_norm", ""), ("residual", ""), ("activation", ""), ("dropout", ""), ("linear", "db")}
-STEPS = {("AdamW", ""), ("gradient norm", ""), ("gradient mean", ""), ("linear_cross_entropy", "softmax")}
+STEPS = {("AdamW", ""), ("gradient norm", ""), ("linear_cross_entropy", "softmax")}
 READS_ONLY = {"gradient norm", "linear: db"}
 IN_CACHE = {"linear_cross_entropy: softmax"}
 

@@ -49,8 +49,8 @@ impl OptimizerState {
             };
             grads.reset();
             set_gradients(params, grads, &mut Pool::default(), &arrays)?;
-            check_norm("argument `grads`", params, grads, global_norm(grads)?)?;
-            uninterrupted(|| state.update(&self.optimizer, params, grads, lr, 1.0))
+            check_norm("argument `grads`", params, grads, global_norm(grads, 1.0)?)?;
+            uninterrupted(|| state.update(&self.optimizer, params, grads, lr, [1.0, 1.0]))
         })
     }
 }

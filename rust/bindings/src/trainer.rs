@@ -132,7 +132,7 @@ impl Trainer {
             let layout = self.model.layers.layout();
             let copy = |id| {
                 let entry = layout.entry(id);
-                gradients.grads().get(id).map(|values| (entry.name.clone(), entry.shape.clone(), values.to_vec()))
+                gradients.of(id).map(|values| (entry.name.clone(), entry.shape.clone(), values))
             };
             let arrays: Vec<_> = layout.ids().filter_map(copy).collect();
             state.last = Some(gradients);

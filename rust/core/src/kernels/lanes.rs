@@ -7,7 +7,7 @@ const CHAINS: usize = 4;
 
 /// How many numbers ahead of the loop its rows are asked for. What lies behind a row is mostly the next one, and a kernel
 /// that computes much per number has too few lines under way by itself: dropout beyond the caches took 1.4 times as long.
-const AHEAD: usize = 512;
+pub(super) const AHEAD: usize = 512;
 
 /// Walks rows `y` and `x` of one length: `f(i, y, x)` gets the vectors from column `i` on and returns new vectors for `y`
 /// and summands. Returns the sums. A sum depends on its row alone: vector `j` of the row goes to chain `j mod 4`, then

@@ -5,10 +5,11 @@ use crate::kernels::reduce::sum_of_squares;
 use crate::profile::{self, Work};
 use crate::tape::Grads;
 
-/// The Euclidean norm over all parameters; every gradient must be there. Partial sums stand over blocks of a fixed size.
-pub fn global_norm(grads: &Grads<f32>) -> Result<f64> {
+/// The Euclidean norm over all parameters of `mean` times their gradients, which must all be there. Partial sums stand over
+/// blocks of a fixed size.
+pub fn global_norm(grads: &Grads<f32>, mean: f64) -> Result<f64> {
     let _timed = profile::span("gradient norm", [0, 0], || Work::passes::<f32>(1, 1, grads.len()));
-    Ok(sum_of_squares(grads.iter())?.sqrt())
+    Ok(sum_of_squares(grads.iter(), mean as f32)?.sqrt())
 }
 
 /// What a gradient of this norm is multiplied with, so that its norm is at most `clip` (Pascanu et al. 2013).
@@ -30,7 +31,7 @@ mod tests {
         let (mut grads, mut pool) = (Grads::new(&params).unwrap(), Pool::default());
         grads.set(ids[0], &[1.0, -4.0], &mut pool).unwrap();
         grads.set(ids[1], &[2.0, 2.0, 0.0], &mut pool).unwrap();
-        assert_eq!(global_norm(&grads).unwrap(), 5.0);
+        assert_eq!(global_norm(&grads, 2.0).unwrap(), 10.0);
     }
 
     #[test]

@@ -128,19 +128,19 @@ impl Optimizer {
         }
     }
 
-    /// Update number `t` (from 1) of a parameter at learning rate `lr`; gradients are multiplied with `scale`.
-    fn update(&self, t: u64, decays: bool, lr: f64, scale: f64) -> Update {
+    /// Update number `t` (from 1) of a parameter at learning rate `lr`; gradients are multiplied with `mean`, then with `scale`.
+    fn update(&self, t: u64, decays: bool, lr: f64, [mean, scale]: [f64; 2]) -> Update {
         let decay = |weight_decay: f64| if decays { weight_decay } else { 0.0 };
         let adam = |betas: (f64, f64), eps, shrink, l2| {
             let left = |beta: f64| 1.0 - libm::pow(beta, t as f64);
             let (rate, unbias) = (lr / left(betas.0), 1.0 / left(betas.1).sqrt());
-            Update::Adam(Adam { scale, shrink, l2, betas, eps, rate, unbias })
+            Update::Adam(Adam { mean, scale, shrink, l2, betas, eps, rate, unbias })
         };
         match *self {
             Optimizer::AdamW { betas, eps, weight_decay, .. } => adam(betas, eps, 1.0 - lr * decay(weight_decay), 0.0),
             Optimizer::Adam { betas, eps, weight_decay, .. } => adam(betas, eps, 1.0, decay(weight_decay)),
             Optimizer::Sgd { momentum, weight_decay, nesterov, .. } => {
-                Update::Sgd(Sgd { scale, l2: decay(weight_decay), momentum, nesterov, rate: lr })
+                Update::Sgd(Sgd { mean, scale, l2: decay(weight_decay), momentum, nesterov, rate: lr })
             }
         }
     }
@@ -225,14 +225,14 @@ impl OptimizerState {
         }
     }
 
-    /// One update of every trainable parameter by `scale` times the gradient, which must be complete.
+    /// One update of every trainable parameter by the gradient, which must be complete, times both `scales`, one after the other.
     pub fn update(
         &mut self,
         optimizer: &Optimizer,
         params: &mut Params<f32>,
         grads: &Grads<f32>,
         lr: f64,
-        scale: f64,
+        scales: [f64; 2],
     ) -> Result<()> {
         if !self.fits(grads) {
             bail!(Config, "optimizer: the gradients belong to another set of trainable parameters; make them anew");
@@ -248,7 +248,7 @@ impl OptimizerState {
         let mut moments = [(); 2].map(|()| Cutter::new(arenas.next().map_or(&mut [], |arena| &mut arena[..])));
         let pieces = self.slots.iter_mut().zip(grads.iter()).flat_map(|(slot, g)| {
             slot.updates += 1;
-            let update = optimizer.update(slot.updates, slot.decays, lr, scale);
+            let update = optimizer.update(slot.updates, slot.decays, lr, scales);
             let [first, second] = moments.each_mut().map(|arena| {
                 let moments = arena.cut(slot.here.start, g.len()).chunks_mut(GRAIN);
                 moments.chain(std::iter::repeat_with(Default::default)) // where there is no arena
@@ -349,7 +349,7 @@ mod tests {
                 set_grads(&mut grads, &params, |name, i| {
                     16.0 * (0.3 * (i + 1) as f32 - 0.4 * t as f32) * if name == "a.weight" { 1.0 } else { -2.0 }
                 });
-                state.update(&optimizer, &mut params, &grads, optimizer.lr(), 0.5 / 8.0).unwrap();
+                state.update(&optimizer, &mut params, &grads, optimizer.lr(), [1.0 / 8.0, 0.5]).unwrap();
             }
             for (got, expected) in [(params.get(w), &weight[..]), (params.get(b), &bias[..])] {
                 for (a, b) in got.iter().zip(expected) {
@@ -379,7 +379,7 @@ mod tests {
                     let mut state = OptimizerState::new(&optimizer, &no_decay(), &params, &grads).unwrap();
                     set_grads(&mut grads, &params, gradient);
                     for _ in 0..2 {
-                        state.update(&optimizer, &mut params, &grads, 0.1, 0.25).unwrap();
+                        state.update(&optimizer, &mut params, &grads, 0.1, [0.25, 1.0]).unwrap();
                     }
                     params
                 })
@@ -391,7 +391,7 @@ mod tests {
                 let g: Vec<f32> = (0..w.len()).map(|i| gradient(name, i)).collect();
                 let (mut first, mut second) = (vec![0.0; w.len()], vec![0.0; w.len()]);
                 for t in 1..=2 {
-                    let update = optimizer.update(t, name != "b.bias", 0.1, 0.25);
+                    let update = optimizer.update(t, name != "b.bias", 0.1, [0.25, 1.0]);
                     if name != "d" {
                         Piece { w: &mut w, moments: [&mut first, &mut second], g: &g, update }.run();
                     }
@@ -415,18 +415,18 @@ mod tests {
         let mut state = OptimizerState::new(&optimizer, &[], &params, &grads).unwrap();
         for _ in 0..50 {
             set_grads(&mut grads, &params, |_, _| 1.0);
-            state.update(&optimizer, &mut params, &grads, 0.1, 1.0).unwrap();
+            state.update(&optimizer, &mut params, &grads, 0.1, [1.0, 1.0]).unwrap();
         }
         params.set_trainable(b, true);
         let mut grads = Grads::new(&params).unwrap();
         assert!(!state.fits(&grads));
-        assert!(matches!(state.update(&optimizer, &mut params, &grads, 0.1, 1.0), Err(Error::Config(_))));
+        assert!(matches!(state.update(&optimizer, &mut params, &grads, 0.1, [1.0, 1.0]), Err(Error::Config(_))));
         let mut grown = OptimizerState::new(&optimizer, &[], &params, &grads).unwrap();
         grown.inherit(&state);
         assert_eq!(grown.slots.iter().map(|s| s.updates).collect::<Vec<_>>(), [50, 0]);
         let before = [a, b].map(|id| params.get(id)[0]);
         set_grads(&mut grads, &params, |_, _| 1.0);
-        grown.update(&optimizer, &mut params, &grads, 0.1, 1.0).unwrap();
+        grown.update(&optimizer, &mut params, &grads, 0.1, [1.0, 1.0]).unwrap();
         // With a steady gradient every step of Adam is lr, the first one as well as the 51st.
         for (id, before) in [a, b].into_iter().zip(before) {
             assert!((before - params.get(id)[0] - 0.1).abs() < 1e-5, "{}", before - params.get(id)[0]);

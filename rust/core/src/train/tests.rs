@@ -166,7 +166,7 @@ fn two_micro_batches_are_one_batch_and_dropout_knows_them_apart() {
         let mut trainer = Trainer::new(TrainerConfig { seed, ..config() }, &mut params).unwrap();
         trainer.rank = rank;
         let (_, gradients) = trainer.gradients(&model, &params, batches).unwrap();
-        gradients.grads().get(model.w).unwrap().to_vec()
+        gradients.of(model.w).unwrap()
     };
     let (a, b) = (rows(1, 4), rows(2, 4));
     let together = gradient(0.0, &[[a.clone(), b.clone()].concat()], 9, 0);

@@ -4,7 +4,6 @@ use super::{NO_DECAY, Optimizer, OptimizerState, Schedule, clip_scale, global_no
 use crate::checkpoint::NamedArray;
 use crate::error::{Result, Shape};
 use crate::kernels::gemm::Precision;
-use crate::kernels::reduce::scale_assign_and_square;
 use crate::models::{Batch, Transformer};
 use crate::ops::CrossEntropy;
 use crate::profile::{self, Work};
@@ -145,11 +144,14 @@ pub struct Evaluation {
     pub n_tokens: usize,
 }
 
-/// The gradient of the loss per token over a step's batches, before clipping, and what belongs to it.
+/// The gradient of the loss over a step's batches, before clipping, and what belongs to it.
 #[derive(Debug)]
 pub struct Gradients {
+    /// The sum over all tokens, so that an all-reduce is a plain sum.
     grads: Grads<f32>,
-    /// Of the gradients as they stand, if it is known.
+    /// What it is multiplied with to be that of a token. Rounded to f32, so is the product, wherever it is made.
+    mean: f64,
+    /// Of `mean` times the gradients as they stand, if it is known.
     norm: Option<f64>,
     /// Σ smoothed loss
     pub loss_sum: f64,
@@ -163,12 +165,13 @@ pub struct Gradients {
 }
 
 impl Gradients {
-    /// The gradients, of every trainable parameter.
-    pub fn grads(&self) -> &Grads<f32> {
-        &self.grads
+    /// The gradient of the loss per token by a parameter, if that is trainable.
+    pub fn of(&self, id: ParamId) -> Option<Vec<f32>> {
+        let mean = self.mean as f32;
+        self.grads.get(id).map(|sums| sums.iter().map(|sum| mean * sum).collect())
     }
 
-    /// The gradients, to be changed: by an all-reduce, for example.
+    /// The gradients of the summed loss, to be changed: by an all-reduce, for example.
     pub fn grads_mut(&mut self) -> &mut Grads<f32> {
         self.norm = None;
         &mut self.grads
@@ -330,6 +333,7 @@ impl Trainer {
             None => self.empty(params)?,
         };
         gradients.grads_mut().reset();
+        gradients.mean = 1.0;
         Ok(gradients)
     }
 
@@ -411,7 +415,7 @@ impl Trainer {
             None => Grads::new(params)?,
         };
         let (step, statistics) = (self.step + 1, Vec::new());
-        Ok(Gradients { grads, norm: None, loss_sum: 0.0, nll_sum: 0.0, n_tokens: 0, step, statistics })
+        Ok(Gradients { grads, mean: 1.0, norm: None, loss_sum: 0.0, nll_sum: 0.0, n_tokens: 0, step, statistics })
     }
 
     fn run<L: Loss>(
@@ -457,10 +461,8 @@ impl Trainer {
         }
         sum.grads.complete(&mut self.pool)?;
         // Up to here everything was a plain sum over batches (and, one day, processes).
-        let mean = (1.0 / sum.n_tokens as f64) as f32;
-        let squares = profile::span("gradient mean", [0, 0], || Work::passes::<f32>(2, 1, sum.grads.len()))
-            .run(|| scale_assign_and_square(sum.grads.iter_mut(), mean))?;
-        sum.norm = Some(squares.sqrt());
+        sum.mean = 1.0 / sum.n_tokens as f64;
+        sum.norm = Some(global_norm(&sum.grads, sum.mean)?);
         let mean = |(id, (count, sums)): (StatId, (usize, Vec<f64>))| {
             (id, sums.into_iter().map(|sum| (sum / count as f64) as f32).collect())
         };
@@ -498,9 +500,9 @@ impl Trainer {
 
     /// What a step with these gradients does; an error where it cannot be done.
     fn result(&self, params: &Params<f32>, gradients: &Gradients) -> Result<StepResult> {
-        let Gradients { grads, norm, loss_sum, nll_sum, n_tokens, step, .. } = gradients;
+        let Gradients { grads, mean, norm, loss_sum, nll_sum, n_tokens, step, .. } = gradients;
         let count = *n_tokens as f64;
-        let grad_norm = norm.map_or_else(|| global_norm(grads), Ok)?;
+        let grad_norm = norm.map_or_else(|| global_norm(grads, *mean), Ok)?;
         check_norm(&format!("step {step}"), params, grads, grad_norm)?;
         let lr = self.config.optimizer.lr() * self.config.schedule.factor(*step, self.total_steps)?;
         Ok(StepResult { loss: loss_sum / count, nll: nll_sum / count, n_tokens: *n_tokens, grad_norm, lr, step: *step })
@@ -515,8 +517,8 @@ impl Trainer {
             self.step + 1
         );
         let result = self.result(params, gradients)?;
-        let scale = clip_scale(result.grad_norm, self.config.clip_norm);
-        self.state.update(&self.config.optimizer, params, &gradients.grads, result.lr, scale)?;
+        let scales = [gradients.mean, clip_scale(result.grad_norm, self.config.clip_norm)];
+        self.state.update(&self.config.optimizer, params, &gradients.grads, result.lr, scales)?;
         for (id, values) in &gradients.statistics {
             params.set_stat(*id, values)?;
         }
