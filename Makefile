@@ -53,7 +53,7 @@ golden: $(STAMPS)/tools $(STAMPS)/torch ## Write tests/golden anew from PyTorch 
 	$(PIP) transformers==5.24.0
 	$(BIN)/python tests/golden/make_decoding.py
 
-bench: $(STAMPS)/package $(STAMPS)/torch ## Measure everything beside PyTorch in ten minutes and rewrite docs/benchmarks.md
+bench: $(STAMPS)/package $(STAMPS)/torch ## Measure everything beside PyTorch in about ten minutes and rewrite docs/benchmarks.md
 	$(BIN)/python -m benches $(ARGS)
 
 dist: $(STAMPS)/dist-tools ## Build wheel (any Linux since 2014) and sdist into dist/ and prove that both install with NumPy alone

@@ -31,8 +31,8 @@ impl Cut {
 /// Parts of the rows times parts of the columns, a task each. Columns may be counted in panels.
 #[derive(Clone, Copy)]
 pub(super) struct Grid {
-    pub rows: Cut,
-    pub cols: Cut,
+    rows: Cut,
+    cols: Cut,
 }
 
 impl Grid {
@@ -44,13 +44,18 @@ impl Grid {
         Grid { rows, cols: Cut::new(cols.len, cols.unit, across) }
     }
 
+    /// Tasks side by side.
+    pub fn across(&self) -> usize {
+        self.cols.parts
+    }
+
     pub fn tasks(&self) -> usize {
-        self.rows.parts * self.cols.parts
+        self.rows.parts * self.across()
     }
 
     /// Neighbouring tasks share their rows, which then are in the L2 cache already.
     pub fn block(&self, index: usize) -> (Range<usize>, Range<usize>) {
-        let across = self.cols.parts;
+        let across = self.across();
         (self.rows.part(index / across), self.cols.part(index % across))
     }
 

@@ -126,22 +126,15 @@ mod tests {
         }
     }
 
+    const ADAM: Adam =
+        Adam { mean: 0.25, scale: 0.3, shrink: 1.0, l2: 0.0, betas: (0.9, 0.98), eps: 1e-8, rate: 1e-2, unbias: 7.1 };
+
     /// Both element types, sizes 0, 1, odd, and one off a vector, three updates in a row.
     fn kernels_match<T: Float>(tolerance: f64) {
-        let base = Adam {
-            mean: 0.25,
-            scale: 0.3,
-            shrink: 1.0,
-            l2: 0.0,
-            betas: (0.9, 0.98),
-            eps: 1e-8,
-            rate: 1e-2,
-            unbias: 7.1,
-        };
         for n in [0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 63, 64, 65, 1001] {
             let (w, m, g) = (numbers::<T>(n, "w"), numbers::<T>(n, "m"), numbers::<T>(n, "g"));
             let v: Vec<T> = numbers::<T>(n, "v").into_iter().map(T::abs).collect();
-            for c in [Adam { shrink: 0.999, ..base }, Adam { l2: 0.1, ..base }] {
+            for c in [Adam { shrink: 0.999, ..ADAM }, Adam { l2: 0.1, ..ADAM }] {
                 let (mut got, mut expected) = ([w.clone(), m.clone(), v.clone()], [w.clone(), m.clone(), v.clone()]);
                 for _ in 0..3 {
                     let [w, m, v] = &mut got;
@@ -180,16 +173,7 @@ mod tests {
 
     #[test]
     fn an_element_does_not_know_its_neighbours() {
-        let c = Adam {
-            mean: 0.25,
-            scale: 0.3,
-            shrink: 0.99,
-            l2: 0.0,
-            betas: (0.9, 0.999),
-            eps: 1e-8,
-            rate: 1e-2,
-            unbias: 3.0,
-        };
+        let c = Adam { shrink: 0.99, ..ADAM };
         let run = |range: std::ops::Range<usize>| {
             let [mut w, mut m, g] = ["w", "m", "g"].map(|name| numbers::<f32>(100, name)[range.clone()].to_vec());
             let mut v = g.clone().iter().map(|g| g * g).collect::<Vec<_>>();

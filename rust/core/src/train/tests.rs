@@ -182,6 +182,21 @@ fn two_micro_batches_are_one_batch_and_dropout_knows_them_apart() {
 }
 
 #[test]
+fn sums_over_processes_with_their_tokens_are_one_larger_batch() {
+    let step = |processes: usize| {
+        let (model, mut params) = toy(0.0);
+        let mut trainer = Trainer::new(config(), &mut params).unwrap();
+        let (_, mut gradients) = trainer.gradients(&model, &params, &[rows(1, 4)]).unwrap();
+        // As if each process had the same rows.
+        gradients.n_tokens *= processes;
+        gradients.grads_mut().iter_mut().flatten().for_each(|sum| *sum *= processes as f32);
+        let norm = trainer.apply(&mut params, gradients).unwrap().grad_norm;
+        (norm, bits(&params))
+    };
+    assert_eq!(step(4), step(1));
+}
+
+#[test]
 fn a_gradient_that_never_arrives_is_named_before_anything_moves() {
     let (model, mut params) = toy(0.0);
     let model = Toy { uses_b: false, ..model };

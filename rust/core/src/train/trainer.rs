@@ -147,11 +147,11 @@ pub struct Evaluation {
 /// The gradient of the loss over a step's batches, before clipping, and what belongs to it.
 #[derive(Debug)]
 pub struct Gradients {
-    /// The sum over all tokens, so that an all-reduce is a plain sum.
+    /// The sum over all tokens, so that an all-reduce is a plain sum, of this and of `n_tokens`.
     grads: Grads<f32>,
-    /// What it is multiplied with to be that of a token. Rounded to f32, so is the product, wherever it is made.
-    mean: f64,
-    /// Of `mean` times the gradients as they stand, if it is known.
+    /// Whether they came from elsewhere: they are those of a token then.
+    given: bool,
+    /// Of the gradient per token, if it is known.
     norm: Option<f64>,
     /// Σ smoothed loss
     pub loss_sum: f64,
@@ -167,8 +167,13 @@ pub struct Gradients {
 impl Gradients {
     /// The gradient of the loss per token by a parameter, if that is trainable.
     pub fn of(&self, id: ParamId) -> Option<Vec<f32>> {
-        let mean = self.mean as f32;
+        let mean = self.mean() as f32;
         self.grads.get(id).map(|sums| sums.iter().map(|sum| mean * sum).collect())
+    }
+
+    /// What the sums are multiplied with. Rounded to f32, so is the product, wherever it is made.
+    fn mean(&self) -> f64 {
+        if self.given { 1.0 } else { 1.0 / self.n_tokens as f64 }
     }
 
     /// The gradients of the summed loss, to be changed: by an all-reduce, for example.
@@ -333,7 +338,7 @@ impl Trainer {
             None => self.empty(params)?,
         };
         gradients.grads_mut().reset();
-        gradients.mean = 1.0;
+        gradients.given = true;
         Ok(gradients)
     }
 
@@ -415,7 +420,7 @@ impl Trainer {
             None => Grads::new(params)?,
         };
         let (step, statistics) = (self.step + 1, Vec::new());
-        Ok(Gradients { grads, mean: 1.0, norm: None, loss_sum: 0.0, nll_sum: 0.0, n_tokens: 0, step, statistics })
+        Ok(Gradients { grads, given: false, norm: None, loss_sum: 0.0, nll_sum: 0.0, n_tokens: 0, step, statistics })
     }
 
     fn run<L: Loss>(
@@ -461,8 +466,7 @@ impl Trainer {
         }
         sum.grads.complete(&mut self.pool)?;
         // Up to here everything was a plain sum over batches (and, one day, processes).
-        sum.mean = 1.0 / sum.n_tokens as f64;
-        sum.norm = Some(global_norm(&sum.grads, sum.mean)?);
+        sum.norm = Some(global_norm(&sum.grads, sum.mean())?);
         let mean = |(id, (count, sums)): (StatId, (usize, Vec<f64>))| {
             (id, sums.into_iter().map(|sum| (sum / count as f64) as f32).collect())
         };
@@ -500,9 +504,9 @@ impl Trainer {
 
     /// What a step with these gradients does; an error where it cannot be done.
     fn result(&self, params: &Params<f32>, gradients: &Gradients) -> Result<StepResult> {
-        let Gradients { grads, mean, norm, loss_sum, nll_sum, n_tokens, step, .. } = gradients;
+        let Gradients { grads, norm, loss_sum, nll_sum, n_tokens, step, .. } = gradients;
         let count = *n_tokens as f64;
-        let grad_norm = norm.map_or_else(|| global_norm(grads, *mean), Ok)?;
+        let grad_norm = norm.map_or_else(|| global_norm(grads, gradients.mean()), Ok)?;
         check_norm(&format!("step {step}"), params, grads, grad_norm)?;
         let lr = self.config.optimizer.lr() * self.config.schedule.factor(*step, self.total_steps)?;
         Ok(StepResult { loss: loss_sum / count, nll: nll_sum / count, n_tokens: *n_tokens, grad_norm, lr, step: *step })
@@ -517,7 +521,7 @@ impl Trainer {
             self.step + 1
         );
         let result = self.result(params, gradients)?;
-        let scales = [gradients.mean, clip_scale(result.grad_norm, self.config.clip_norm)];
+        let scales = [gradients.mean(), clip_scale(result.grad_norm, self.config.clip_norm)];
         self.state.update(&self.config.optimizer, params, &gradients.grads, result.lr, scales)?;
         for (id, values) in &gradients.statistics {
             params.set_stat(*id, values)?;

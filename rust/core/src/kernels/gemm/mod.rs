@@ -226,7 +226,7 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
                     // Packed for the first columns, A serves all. A task that has all of them packs its own rows, which then are in
                     // its cache; else they are packed before.
                     let packs = plan.packs_a() && cols.start == 0;
-                    let in_tasks = packs && grid.cols.parts() == 1;
+                    let in_tasks = packs && grid.across() == 1;
                     if packs && !in_tasks {
                         let some = (threads::GRAIN / (ks.len() * tile_rows).max(1)).clamp(1, 16) * tile_rows;
                         let pack = |i: usize| pack_part(i * some..rows.len().min((i + 1) * some));

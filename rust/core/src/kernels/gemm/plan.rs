@@ -78,7 +78,7 @@ impl Plan {
         let (tile_rows, tile_cols) = self.tile;
         let thin = TASK_ROWS / 2;
         let row_parts = if workers > 1 && rows >= 8 * workers * thin {
-            // Where there are rows for all, tasks are thin and wide: each row of A is read by few of them.
+            // Where there are rows for all, tasks are thin and wide, and as many for each: each row of A is read by few of them.
             rows / thin / workers * workers
         } else if from_memory {
             // Where B comes from memory it is to come once.
