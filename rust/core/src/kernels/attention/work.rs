@@ -15,6 +15,8 @@ const CHUNK: usize = 576;
 const GRAIN: usize = 1 << 18;
 /// As many times longer are tasks of items of one sequence.
 const TOGETHER: usize = 4;
+/// Multiply-adds of a task where there are less than `GRAIN` for each thread, as in the step of a decoding.
+const LEAST: usize = 1 << 15;
 /// Pairs that take as long as an item without any: the step of a decoding has items of one query.
 const ITEM: usize = 128;
 /// Multiply-adds per product of a task that is long enough: some 15 ms of the five products of the backward pass.
@@ -102,42 +104,47 @@ impl<T: Float> Inputs<'_, T> {
     /// task.
     pub(super) fn run(
         &self,
-        mut items: Vec<Item>,
+        items: Vec<Item>,
         scratch: usize,
         work: impl Fn(&Item, Option<&Item>, &mut [T]) + Sync,
     ) -> Result<()> {
         // Every task's scratch begins on a cache line, like that of the first.
         let scratch = scratch.next_multiple_of(MAX_LANES);
-        let grain = GRAIN / self.heads.head_dim.max(1);
+        let of_pairs = |multiply_adds: usize| multiply_adds / self.heads.head_dim.max(1);
+        let threads = threads::num_threads();
+        let mut items: Vec<_> = items.into_iter().map(|item| (ITEM + item.pairs(self), item)).collect();
+        let all: usize = items.iter().map(|(weight, _)| weight).sum();
+        let grain = of_pairs(GRAIN).max(1);
+        // As many short tasks for each thread. Heads of a sequence lie beside each other: threads that share its rows wait for each
+        // other's cache lines, so they are parted only where a thread would have nothing else.
+        let apart = all.div_ceil((all / grain).max(1).next_multiple_of(threads)).max(of_pairs(LEAST));
+        let beside = if all < threads * grain { apart } else { TOGETHER * grain };
         // The longest first, if some are: no thread is left with one at the end. Short ones share tasks, which are much alike.
-        let long = items.iter().any(|item| item.pairs(self) > TOGETHER * grain);
+        let long = items.iter().any(|&(weight, _)| weight > beside);
         if long {
-            items.sort_by_cached_key(|item| Reverse(item.pairs(self)));
+            items.sort_by_key(|&(weight, _)| Reverse(weight));
         }
         let mut tasks: Vec<Range<usize>> = Vec::new();
-        let mut filled = grain;
-        let mut before = None;
-        for (i, item) in items.iter().enumerate() {
-            // Heads of a sequence lie beside each other: threads that share its rows wait for each other's cache lines.
-            let together = before.replace(item.sequence) == Some(item.sequence);
+        let (mut filled, mut before) = (0, None);
+        for (i, (weight, item)) in items.iter().enumerate() {
+            let enough = if before.replace(item.sequence) == Some(item.sequence) { beside } else { apart };
             match tasks.last_mut() {
-                Some(task) if filled < if together { TOGETHER * grain } else { grain } => task.end = i + 1,
+                Some(task) if filled < enough => task.end = i + 1,
                 _ => {
                     tasks.push(i..i + 1);
                     filled = 0;
                 }
             }
-            filled += ITEM + item.pairs(self);
+            filled += weight;
         }
         if long {
             // Every thread's share begins with long ones.
-            let shares = threads::num_threads();
-            tasks = (0..shares).flat_map(|first| tasks.iter().skip(first).step_by(shares).cloned()).collect();
+            tasks = (0..threads).flat_map(|first| tasks.iter().skip(first).step_by(threads).cloned()).collect();
         }
         each_task(tasks.len(), scratch, |task, scratch| {
             let items = &items[tasks[task].clone()];
-            for (i, item) in items.iter().enumerate() {
-                work(item, items.get(i + 1), scratch);
+            for (i, (_, item)) in items.iter().enumerate() {
+                work(item, items.get(i + 1).map(|(_, next)| next), scratch);
             }
         })
     }
