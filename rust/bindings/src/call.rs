@@ -241,14 +241,13 @@ impl<'py, T: Real> Call<'py, T> {
         let pullback = if mode.gradients > 0 {
             Some(Pullback { recorded: Mutex::new(Some(Box::new(recorded))) })
         } else {
-            recorded.free();
             None
         };
         Ok(((y, pullback), extra))
     }
 }
 
-/// A finished forward pass that can be walked back once.
+/// A finished forward pass that can be walked back once. Its buffers go home with it, walked or not.
 struct Recorded<T: Real> {
     tape: Tape<T>,
     weights: Arc<RwLock<Weights<T>>>,
@@ -262,9 +261,10 @@ struct Recorded<T: Real> {
     named: bool,
 }
 
-impl<T: Real> Recorded<T> {
-    fn free(self) {
-        self.home.give(self.tape.into_pool());
+impl<T: Real> Drop for Recorded<T> {
+    fn drop(&mut self) {
+        let tape = std::mem::replace(&mut self.tape, Tape::evaluation(Pool::default()));
+        self.home.give(tape.into_pool());
     }
 }
 
@@ -332,7 +332,6 @@ impl<T: Real> Walk for Recorded<T> {
             if !statistics.is_empty() {
                 self.weights.write().unwrap_or_else(PoisonError::into_inner).commit(statistics)?;
             }
-            self.free();
             Ok(Some((arguments, named)))
         })?;
         let Some((arguments, named)) = walked else {
