@@ -2,7 +2,7 @@
 
 use super::Mat;
 use super::form::Form;
-use super::pack::{pack_panels, pack_rows, panel_len};
+use super::pack::panel_len;
 use crate::simd::{Float, l1_ways};
 
 /// Rows of A further apart than this (half a page of f32) fall on few sets of the caches: many of them are packed, unless
@@ -58,15 +58,6 @@ impl Left {
             Left::InPlace => Strides { row: a.row_stride, k: a.col_stride, tile: tile_rows * a.row_stride },
             Left::Rows => Strides { row: units + GAP, k: 1, tile: tile_rows * (units + GAP) },
             Left::Panels => Strides { row: 1, k: tile_rows, tile: panel_len(units, tile_rows) },
-        }
-    }
-
-    /// Packs all of `a`, the rows of some tiles, on the calling thread.
-    pub fn pack<T: Float, F: Form>(self, dst: &mut [T], a: Mat<T>, strides: Strides) {
-        match self {
-            Left::InPlace => {}
-            Left::Rows => pack_rows::<T, F>(dst, strides.row, a),
-            Left::Panels => pack_panels::<T, F>(dst, a.t(), strides.k),
         }
     }
 }

@@ -39,6 +39,7 @@ use crate::error::Result;
 use crate::simd::{Buffer, Float};
 use crate::{ensure, kernel, threads};
 use form::{Exact, Form, Pairs, Rounded};
+use left::Left;
 use pack::panel_len;
 use plan::{LEAST_ROWS, Plan};
 use tile::{KC, Operands};
@@ -181,12 +182,10 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
             for ks in blocks(units, plan.depth) {
                 let part = a.block(rows.clone(), steps(&ks));
                 let strides = plan.left.strides(&a, ks.len(), tile_rows);
-                // Some of its rows, whole tiles of them.
-                let pack_part = |rows: Range<usize>| {
-                    let (first, tiles) = (rows.start / tile_rows, rows.len().div_ceil(tile_rows));
+                let pack_rows = |rows: Range<usize>| {
                     // SAFETY: the place of these rows, which nobody else packs.
-                    let to = unsafe { a_packed.part(first * strides.tile, tiles * strides.tile) };
-                    plan.left.pack::<T, F>(to, part.block(rows, 0..part.shape().1), strides);
+                    let to = unsafe { a_packed.part(rows.start * strides.row, rows.len() * strides.row) };
+                    pack::pack_rows::<T, F>(to, strides.row, part.block(rows, 0..part.shape().1));
                 };
                 for cols in blocks(n, plan.cols) {
                     let (b_from, b_k, b_panel) = match b {
@@ -225,18 +224,26 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
                     let grid = plan.tasks(rows.len(), cols.len(), ks.len(), workers, from_memory);
                     // Packed for the first columns, A serves all. A task that has all of them packs its own rows, which then are in
                     // its cache; else they are packed before.
-                    let packs = plan.packs_a() && cols.start == 0;
-                    let in_tasks = packs && grid.across() == 1;
-                    if packs && !in_tasks {
-                        let some = (threads::GRAIN / (ks.len() * tile_rows).max(1)).clamp(1, 16) * tile_rows;
-                        let pack = |i: usize| pack_part(i * some..rows.len().min((i + 1) * some));
-                        run(rows.len().div_ceil(some), workers, pack)?;
+                    let first = cols.start == 0;
+                    let in_tasks = first && plan.left == Left::Rows && grid.across() == 1;
+                    match plan.left {
+                        Left::Panels if first => {
+                            // SAFETY: no task runs.
+                            let panels = unsafe { a_packed.part(0, a_len) };
+                            pack_panels::<T, F>(panels, part.t(), tile_rows, workers)?;
+                        }
+                        Left::Rows if first && !in_tasks => {
+                            let some = (threads::GRAIN / (ks.len() * tile_rows).max(1)).clamp(1, 16) * tile_rows;
+                            let pack = |i: usize| pack_rows(i * some..rows.len().min((i + 1) * some));
+                            run(rows.len().div_ceil(some), workers, pack)?;
+                        }
+                        _ => {}
                     }
                     let last = ks.end == units && E::ACTIVE;
                     let task = |index| {
                         let (r, c) = grid.block(index);
                         if in_tasks {
-                            pack_part(r.clone());
+                            pack_rows(r.clone());
                         }
                         let neighbours = grid.neighbours(index, workers);
                         multiply::<T, F::Packed>(slab, r.clone(), c.clone(), neighbours);
@@ -298,30 +305,28 @@ fn pack_panels<T: Float, F: Form>(dst: &mut [T], b: Mat<T>, width: usize, worker
     if depth == 0 || cols == 0 {
         return Ok(());
     }
-    let group = (threads::GRAIN / (depth * width)).clamp(1, 16);
-    let parts = dst.chunks_mut(group * panel_len(F::units(depth), width));
-    let group = group * width;
-    let parts = parts.zip((0..cols).step_by(group)).map(|(part, from)| (part, from..cols.min(from + group)));
-    each(parts, workers, |(part, range)| {
-        if let Ok(b) = b.columns(range) {
-            pack::pack_panels::<T, F>(part, b, width);
-        }
+    let (units, panels) = (F::units(depth), cols.div_ceil(width));
+    let len = panel_len(units, width);
+    assert!(dst.len() >= panels * len);
+    let out = Output { data: dst.as_mut_ptr(), row_stride: len, borrow: PhantomData };
+    let pack = |first: usize, b: Mat<T>| pack::pack_panels::<T, F>(out.from(first), b, width);
+    if b.col_stride == 1 {
+        // Whole rows, some for each task.
+        let some = (threads::GRAIN / (F::STEPS * cols)).max(1).next_multiple_of(F::BLOCK);
+        return run(units.div_ceil(some), workers, |i| {
+            let steps = i * some * F::STEPS..depth.min((i + 1) * some * F::STEPS);
+            pack(i * some * width, b.block(steps, 0..cols));
+        });
+    }
+    // Columns that are contiguous are turned panel by panel.
+    let some = (threads::GRAIN / (depth * width)).clamp(1, 16);
+    run(panels.div_ceil(some), workers, |i| {
+        let columns = i * some * width..cols.min((i + 1) * some * width);
+        pack(i * some * len, b.block(0..depth, columns));
     })
 }
 
-fn each<I>(items: I, workers: usize, task: impl Fn(I::Item) + Sync) -> Result<()>
-where
-    I: ExactSizeIterator,
-    I::Item: Send,
-{
-    if workers > 1 {
-        return threads::for_each(items, task);
-    }
-    items.for_each(task);
-    Ok(())
-}
-
-/// C, or A's packed rows, shared by tasks that write different elements of it.
+/// C, or packed rows or panels, shared by tasks that write different elements of it.
 #[derive(Clone, Copy)]
 struct Output<'a, T> {
     data: *mut T,
@@ -330,6 +335,11 @@ struct Output<'a, T> {
 }
 
 impl<'a, T> Output<'a, T> {
+    /// What begins with its number `first`.
+    fn from(self, first: usize) -> Self {
+        Output { data: self.data.wrapping_add(first), ..self }
+    }
+
     /// Some of the numbers.
     /// # Safety
     /// They are inside, and nobody else has them meanwhile.

@@ -1,12 +1,12 @@
 //! Operands rearranged in the order of use, in units of their form: B as panels of the tile's width, along K without gaps;
 //! A as contiguous rows, or as panels of the tile's height.
 
-use super::Mat;
 use super::form::Form;
+use super::{Mat, Output};
 use crate::simd::{Float, MAX_LANES, Simd, prefetch};
 
 /// How many numbers ahead rows are asked for: a loop that writes to the caches as well has too few lines under way by itself.
-const AHEAD: usize = 512;
+const AHEAD: usize = 1024;
 
 /// From one panel to the next: a row more than the panel has, so that rows of panels side by side do not fall on the
 /// same set of the caches.
@@ -15,18 +15,19 @@ pub(super) fn panel_len(depth: usize, width: usize) -> usize {
 }
 
 crate::kernel! {
-    /// Panel p of `dst` holds the columns p · width.. of `b` (K x columns), row after row of units; columns and steps that
-    /// `b` lacks are zeros.
-    pub(super) fn pack_panels<'a, T, F: Form>(s: S; dst: &'a mut [T], b: Mat<'a, T>, width: usize) {
+    /// Panel p of `dst` gets the columns p · width.. of `b` (K x columns), row after row of units; columns and steps that
+    /// `b` lacks are zeros. Panels are `dst.row_stride` apart. The caller sees to it that they have these rows, and nobody else has
+    /// them meanwhile.
+    pub(super) fn pack_panels<'a, T, F: Form>(s: S; dst: Output<'a, T>, b: Mat<'a, T>, width: usize) {
         if const { F::STEPS > 1 && !S::PAIRS } {
             unreachable!("`product` chose a form that this path lacks");
         }
         let (depth, cols) = b.shape();
         let (filled, units) = (depth.div_ceil(F::STEPS), F::units(depth));
-        let len = panel_len(units, width);
-        assert!(dst.len() >= cols.div_ceil(width) * len);
-        for panel in dst.chunks_mut(len).take(cols.div_ceil(width)) {
-            panel[filled * width..units * width].fill(T::ZERO);
+        // SAFETY: rows of the panels, which are this call's alone.
+        let panel = |p: usize| unsafe { dst.part(p * dst.row_stride, units * width) };
+        for p in 0..cols.div_ceil(width) {
+            panel(p)[filled * width..].fill(T::ZERO);
         }
         if b.col_stride == 1 {
             copy_panels::<T, S, F>(s, dst, b, width);
@@ -35,12 +36,11 @@ crate::kernel! {
         // A panel made of whole vectors is filled by turning squares.
         let whole = if width.is_multiple_of(S::LANES) { cols / width * width } else { 0 };
         for col in (0..whole).step_by(S::LANES) {
-            let panel = &mut dst[col / width * len..][..len];
-            turn::<T, S, F>(s, &mut panel[col % width..], width, b.t(), col);
+            turn::<T, S, F>(s, &mut panel(col / width)[col % width..], width, b.t(), col);
         }
         for from in (whole..cols).step_by(width) {
             let used = width.min(cols - from);
-            for (u, row) in dst[from / width * len..].chunks_exact_mut(width).take(filled).enumerate() {
+            for (u, row) in panel(from / width).chunks_exact_mut(width).take(filled).enumerate() {
                 for (v, row) in row.chunks_mut(S::LANES).enumerate() {
                     let column = |j: usize| (v * S::LANES + j < used).then_some(from + v * S::LANES + j);
                     let step = |k: usize| gather(s, |j| column(j).filter(|_| k < depth).map(|j| b.at(k, j)));
@@ -52,56 +52,41 @@ crate::kernel! {
     }
 }
 
-/// `pack_panels` of contiguous rows. Every piece is written as whole vectors: what a vector has too much lands where the
-/// next row is written afterwards, or in the row that a panel has to spare.
+/// `pack_panels` of contiguous rows, one whole row after the other: of long runs the CPU asks the memory for what comes next. A vector
+/// that is wider than the rest of a panel's row ends in the next one, which is written afterwards; the last row ends where it ends.
 #[inline(always)]
-fn copy_panels<T: Float, S: Simd<T>, F: Form>(s: S, dst: &mut [T], b: Mat<T>, width: usize) {
+fn copy_panels<T: Float, S: Simd<T>, F: Form>(s: S, dst: Output<T>, b: Mat<T>, width: usize) {
     let (depth, cols) = b.shape();
+    assert!(depth == 0 || (depth - 1) * b.row_stride + cols <= b.data.len());
     let units = depth.div_ceil(F::STEPS);
-    let (len, reach) = (panel_len(F::units(depth), width), width.next_multiple_of(S::LANES));
-    assert!(depth == 0 || cols == 0 || (depth - 1) * b.row_stride + cols <= b.data.len());
-    assert!(reach <= 2 * width && dst.len() >= cols.div_ceil(width) * len);
-    // Panels whose last vector is inside the row. A few at a time: more of them written at once are slower than short
-    // pieces read.
-    let (inside, panels) = ((cols + width).saturating_sub(reach) / width, cols.div_ceil(width));
-    let group = (128 / width).max(1);
-    for first in (0..inside).step_by(group) {
-        let group = group.min(inside - first);
-        for u in 0..units {
-            let k = u * F::STEPS;
-            let paired = F::STEPS == 2 && k + 1 < depth;
-            // SAFETY: by the assertions row k has `cols` columns, and a panel has room for `reach` from its row u on.
-            unsafe {
-                let mut from = b.data.as_ptr().add(k * b.row_stride + first * width);
-                let mut to = dst.as_mut_ptr().add(first * len + u * width);
-                for _ in 0..group {
-                    let mut v = 0;
-                    while v < width {
-                        let second = if paired { s.load_ptr(from.add(b.row_stride + v)) } else { s.zero() };
-                        s.store_ptr(F::unit(s, s.load_ptr(from.add(v)), second), to.add(v));
-                        v += S::LANES;
-                    }
-                    from = from.add(width);
-                    to = to.wrapping_add(len);
-                }
-            }
-        }
-    }
-    for panel in inside..panels {
-        for u in 0..units {
-            let k = u * F::STEPS;
+    let ahead = AHEAD.div_ceil(cols.max(1)) * b.row_stride;
+    for u in 0..units {
+        let k = u * F::STEPS;
+        let paired = F::STEPS == 2 && k + 1 < depth;
+        let row = b.data[k * b.row_stride..].as_ptr();
+        let mut to = dst.data.wrapping_add(u * width);
+        for from in (0..cols).step_by(width) {
             for v in (0..width).step_by(S::LANES) {
-                let used = (cols - panel * width).saturating_sub(v).min(S::LANES);
-                // SAFETY: as above, for the columns that are left.
+                let (room, left) = (width - v, cols.saturating_sub(from + v));
+                let row = row.wrapping_add(from + v);
+                for step in 0..F::STEPS {
+                    prefetch(row.wrapping_add(ahead + step * b.row_stride));
+                }
+                // SAFETY: the row has `left` more columns, and by the assertion so has the one behind it; the panel has room for
+                // `room` numbers in this row, and for a vector if this is not the last one.
                 unsafe {
-                    let row = |k: usize| {
-                        let from = b.data.as_ptr().wrapping_add(k * b.row_stride + panel * width + v);
-                        s.load_ptr_first(from, used, T::ZERO)
-                    };
-                    let second = if F::STEPS == 2 && k + 1 < depth { row(k + 1) } else { s.zero() };
-                    s.store_ptr(F::unit(s, row(k), second), dst.as_mut_ptr().add(panel * len + u * width + v));
+                    if left >= S::LANES && (room >= S::LANES || u + 1 < units) {
+                        let second = if paired { s.load_ptr(row.wrapping_add(b.row_stride)) } else { s.zero() };
+                        s.store_ptr(F::unit(s, s.load_ptr(row), second), to.wrapping_add(v));
+                    } else {
+                        let used = left.min(room).min(S::LANES);
+                        let part = |row: *const T| s.load_ptr_first(row, used, T::ZERO);
+                        let second = if paired { part(row.wrapping_add(b.row_stride)) } else { s.zero() };
+                        s.store_ptr_first(F::unit(s, part(row), second), to.wrapping_add(v), room.min(S::LANES));
+                    }
                 }
             }
+            to = to.wrapping_add(dst.row_stride);
         }
     }
 }
