@@ -7,6 +7,8 @@ use crate::simd::{Float, MAX_LANES, Simd, prefetch};
 
 /// How many numbers ahead rows are asked for: a loop that writes to the caches as well has too few lines under way by itself.
 const AHEAD: usize = 1024;
+/// How many steps along K ahead, where a line is read of each.
+const TURN_AHEAD: usize = 32;
 
 /// From one panel to the next: a row more than the panel has, so that rows of panels side by side do not fall on the
 /// same set of the caches.
@@ -112,6 +114,9 @@ crate::kernel! {
                     let mut square = [T::ZERO; MAX_LANES * MAX_LANES];
                     for (u, square) in square.chunks_mut(S::LANES).take(S::LANES).enumerate() {
                         let k = (from + u) * F::STEPS;
+                        for step in k..k + F::STEPS {
+                            prefetch(a.data.as_ptr().wrapping_add((step + TURN_AHEAD) * a.col_stride + row));
+                        }
                         let second = if const { F::STEPS == 2 } { step(k + 1) } else { s.zero() };
                         s.store(F::unit(s, step(k), second), square);
                     }

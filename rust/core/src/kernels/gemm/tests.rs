@@ -92,6 +92,42 @@ fn small_products() {
 }
 
 #[test]
+fn panels_hold_columns_units_and_zeros() {
+    fn check<F: Form>(depth: usize, cols: usize, width: usize, kind: usize) {
+        let mut data = Vec::new();
+        let b = view::<f32>(&mut data, depth, cols, kind, 1);
+        let (units, panels) = (F::units(depth), cols.div_ceil(width));
+        let len = panel_len(units, width);
+        let number = |k: usize, j: usize| if k < depth && j < cols { b.at(k, j) } else { 0.0 };
+        let unit = |u: usize, j: usize| match F::STEPS {
+            1 => number(u, j).to_bits(),
+            _ => bf16(number(2 * u, j)).to_bits() >> 16 | bf16(number(2 * u + 1, j)).to_bits(),
+        };
+        for workers in [1, 4] {
+            let mut packed = vec![f32::NAN; panels * len];
+            pack_panels::<f32, F>(&mut packed, b, width, workers).unwrap();
+            for (panel, u) in (0..panels).flat_map(|panel| (0..units).map(move |u| (panel, u))) {
+                let row = packed[panel * len + u * width..][..width].iter().map(|x| x.to_bits());
+                let expected = (0..width).map(|j| unit(u, panel * width + j));
+                assert!(
+                    row.eq(expected),
+                    "{depth} x {cols} in panels of {width}, kind {kind}, panel {panel}, unit {u}"
+                );
+            }
+        }
+    }
+    for (depth, cols) in [(1, 1), (3, 31), (70, 12), (70, 700), (257, 100), (5, 2000)] {
+        for (width, kind) in [(12, 0), (12, 2), (12, 4), (32, 0), (32, 1), (32, 2), (32, 3), (16, 2)] {
+            check::<Exact>(depth, cols, width, kind);
+            if form::pairs::<f32>() || form::tiles::<f32>() {
+                check::<Pairs<1>>(depth, cols, width, kind);
+                check::<Pairs<16>>(depth, cols, width, kind);
+            }
+        }
+    }
+}
+
+#[test]
 fn products_around_blocks() {
     let (rows, cols) = tile_shape::<f32>();
     for k in [KC - 1, KC, KC + 1, 2 * KC + 3] {
