@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from benches.common import (
+    WARM_UPS,
     Options,
     Player,
     Row,
@@ -208,9 +209,11 @@ def compare(
 ) -> list[Row]:
     """A row for each number type; all sides in one run."""
     players: dict[str, Player] = {}
+    warm_ups = 2 if ragged or not dropout else WARM_UPS
     for compute in ("f32", "bf16") if bf16 else ("f32",):
         job = Job(shape, dropout, options.threads, ragged, compute)
-        players |= {f"ours {compute}": Player(Ours, job), f"torch {compute}": Player(Torch, job)}
+        players[f"ours {compute}"] = Player(Ours, job, warm_ups=warm_ups)
+        players[f"torch {compute}"] = Player(Torch, job, warm_ups=warm_ups)
     turns = options.turns if dropout else math.ceil(options.turns / 2)  # without it nothing is asked for
     about = take_turns(players, turns)
     rivals = {side: player for side, player in players.items() if side.startswith("torch")}

@@ -223,7 +223,7 @@ class Side:
 def compare(shape: str, options: Options) -> list[Row]:
     """A row for each precision: ours beside the fastest of the others."""
     job = Job(shape, options.threads)
-    players = {name: Player(Side, name, job) for name in SIDES}
+    players = {name: Player(Side, name, job, warm_ups=2) for name in SIDES}
     ready(*players.values())
     for _ in range(min(options.turns, TURNS)):
         for player in players.values():
