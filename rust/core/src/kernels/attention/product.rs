@@ -107,6 +107,9 @@ pub(super) fn pack_transposed<'a, T: Float>(
     Packed::new(to, cols, rows, stride(rows), true)
 }
 
+/// Rows ahead that are asked for: the rows of a head lie far apart.
+const AHEAD: usize = 8;
+
 kernel! {
     fn copy_rows<'a, T>(s: S; to: &'a mut [T], from: &'a [T], from_stride: usize, rows: usize, cols: usize, factor: T) -> bool {
         // Stays 0 while all numbers are finite.
@@ -115,6 +118,7 @@ kernel! {
         for (r, to) in to.chunks_mut(stride(cols)).take(rows).enumerate() {
             let row = &from[r * from_stride..][..cols];
             for (to, x) in to.chunks_exact_mut(S::LANES).zip(row.chunks(S::LANES)) {
+                prefetch(x.as_ptr().wrapping_add(AHEAD * from_stride));
                 let x = s.mul(s.load_first(x, T::ZERO), factor);
                 check = s.mul_add(x, s.zero(), check);
                 s.store(x, to);
@@ -137,6 +141,9 @@ kernel! {
                 let (from, to) = (from.as_ptr().add(c * from_stride), to.as_mut_ptr().add(c));
                 let squares = cols / S::LANES * S::LANES;
                 for r in (0..squares).step_by(S::LANES) {
+                    for lane in 0..S::LANES {
+                        prefetch(from.wrapping_add((S::LANES + lane) * from_stride + r));
+                    }
                     s.transpose_ptr(from.add(r), from_stride, lanes, to.add(r * stride), stride);
                 }
                 for r in squares..cols {
