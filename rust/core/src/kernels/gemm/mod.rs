@@ -177,14 +177,17 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
     let out = Output { data: c.data.as_mut_ptr(), row_stride: c.row_stride, borrow: PhantomData };
     stash::with(b_len + a_len, |workspace| {
         let (b_packed, a_packed) = workspace.split_at_mut(b_len);
-        let a_packed = Output { data: a_packed.as_mut_ptr(), row_stride: 0, borrow: PhantomData };
         for rows in blocks(m, plan.rows) {
             for ks in blocks(units, plan.depth) {
                 let part = a.block(rows.clone(), steps(&ks));
                 let strides = plan.left.strides(&a, ks.len(), tile_rows);
+                if plan.left == Left::Panels {
+                    pack_panels::<T, F>(a_packed, part.t(), tile_rows, workers)?;
+                }
+                let a_rows = Output { data: a_packed.as_mut_ptr(), row_stride: strides.row, borrow: PhantomData };
                 let pack_rows = |rows: Range<usize>| {
                     // SAFETY: the place of these rows, which nobody else packs.
-                    let to = unsafe { a_packed.part(rows.start * strides.row, rows.len() * strides.row) };
+                    let to = unsafe { a_rows.part(rows.start * strides.row, rows.len() * strides.row) };
                     pack::pack_rows::<T, F>(to, strides.row, part.block(rows, 0..part.shape().1));
                 };
                 for cols in blocks(n, plan.cols) {
@@ -207,7 +210,7 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
                     };
                     let slab = Slab(Operands {
                         k: ks.len(),
-                        a: if plan.packs_a() { a_packed.data } else { part.data.as_ptr() },
+                        a: if plan.packs_a() { a_rows.data } else { part.data.as_ptr() },
                         a_row: strides.row,
                         a_k: strides.k,
                         a_tile: strides.tile,
@@ -222,22 +225,14 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
                     });
                     let from_memory = !matches!(b, Rhs::Plain(_));
                     let grid = plan.tasks(rows.len(), cols.len(), ks.len(), workers, from_memory);
-                    // Packed for the first columns, A serves all. A task that has all of them packs its own rows, which then are in
-                    // its cache; else they are packed before.
-                    let first = cols.start == 0;
-                    let in_tasks = first && plan.left == Left::Rows && grid.across() == 1;
-                    match plan.left {
-                        Left::Panels if first => {
-                            // SAFETY: no task runs.
-                            let panels = unsafe { a_packed.part(0, a_len) };
-                            pack_panels::<T, F>(panels, part.t(), tile_rows, workers)?;
-                        }
-                        Left::Rows if first && !in_tasks => {
-                            let some = (threads::GRAIN / (ks.len() * tile_rows).max(1)).clamp(1, 16) * tile_rows;
-                            let pack = |i: usize| pack_rows(i * some..rows.len().min((i + 1) * some));
-                            run(rows.len().div_ceil(some), workers, pack)?;
-                        }
-                        _ => {}
+                    // Packed for the first columns, rows serve all. A task that has all of them packs its own, which then are in its
+                    // cache; else they are packed before.
+                    let packs = plan.left == Left::Rows && cols.start == 0;
+                    let in_tasks = packs && grid.across() == 1;
+                    if packs && !in_tasks {
+                        let some = (threads::GRAIN / (ks.len() * tile_rows).max(1)).clamp(1, 16) * tile_rows;
+                        let pack = |i: usize| pack_rows(i * some..rows.len().min((i + 1) * some));
+                        run(rows.len().div_ceil(some), workers, pack)?;
                     }
                     let last = ks.end == units && E::ACTIVE;
                     let task = |index| {
