@@ -182,7 +182,9 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
                 let part = a.block(rows.clone(), steps(&ks));
                 let strides = plan.left.strides(&a, ks.len(), tile_rows);
                 if plan.left == Left::Panels {
-                    pack_panels::<T, F>(a_packed, part.t(), tile_rows, workers)?;
+                    // Threads pack the rows that they will multiply. (Of pairs, half the bytes, it is better to read one's own.)
+                    let shares = if F::STEPS == 1 { workers } else { 1 };
+                    pack_shares::<T, F>(a_packed, part.t(), tile_rows, shares, workers)?;
                 }
                 let a_rows = Output { data: a_packed.as_mut_ptr(), row_stride: strides.row, borrow: PhantomData };
                 let pack_rows = |rows: Range<usize>| {
@@ -296,6 +298,11 @@ kernel! {
 
 /// Packs `b`, K x columns, into panels.
 fn pack_panels<T: Float, F: Form>(dst: &mut [T], b: Mat<T>, width: usize, workers: usize) -> Result<()> {
+    pack_shares::<T, F>(dst, b, width, 1, workers)
+}
+
+/// The same, columns that lie side by side in so many shares, one for each thread.
+fn pack_shares<T: Float, F: Form>(dst: &mut [T], b: Mat<T>, width: usize, shares: usize, workers: usize) -> Result<()> {
     let (depth, cols) = b.shape();
     if depth == 0 || cols == 0 {
         return Ok(());
@@ -304,20 +311,23 @@ fn pack_panels<T: Float, F: Form>(dst: &mut [T], b: Mat<T>, width: usize, worker
     let len = panel_len(units, width);
     assert!(dst.len() >= panels * len);
     let out = Output { data: dst.as_mut_ptr(), row_stride: len, borrow: PhantomData };
-    let pack = |first: usize, b: Mat<T>| pack::pack_panels::<T, F>(out.from(first), b, width);
+    let columns = |panels: Range<usize>| panels.start * width..cols.min(panels.end * width);
     if b.col_stride == 1 {
-        // Whole rows, some for each task.
-        let some = (threads::GRAIN / (F::STEPS * cols)).max(1).next_multiple_of(F::BLOCK);
-        return run(units.div_ceil(some), workers, |i| {
-            let steps = i * some * F::STEPS..depth.min((i + 1) * some * F::STEPS);
-            pack(i * some * width, b.block(steps, 0..cols));
+        // Whole rows of a share, some for each task.
+        let some = (threads::GRAIN * shares / (F::STEPS * cols)).max(1).next_multiple_of(F::BLOCK);
+        let tasks = units.div_ceil(some);
+        return run(shares * tasks, workers, |i| {
+            let (share, first) = (threads::part(panels, shares, i / tasks), i % tasks * some);
+            let steps = first * F::STEPS..depth.min((first + some) * F::STEPS);
+            let to = out.from(share.start * len + first * width);
+            pack::pack_panels::<T, F>(to, b.block(steps, columns(share)), width);
         });
     }
     // Columns that are contiguous are turned panel by panel.
     let some = (threads::GRAIN / (depth * width)).clamp(1, 16);
     run(panels.div_ceil(some), workers, |i| {
-        let columns = i * some * width..cols.min((i + 1) * some * width);
-        pack(i * some * len, b.block(0..depth, columns));
+        let part = i * some..panels.min((i + 1) * some);
+        pack::pack_panels::<T, F>(out.from(part.start * len), b.block(0..depth, columns(part)), width);
     })
 }
 

@@ -103,9 +103,9 @@ fn panels_hold_columns_units_and_zeros() {
             1 => number(u, j).to_bits(),
             _ => bf16(number(2 * u, j)).to_bits() >> 16 | bf16(number(2 * u + 1, j)).to_bits(),
         };
-        for workers in [1, 4] {
+        for (shares, workers) in [(1, 1), (1, 4), (3, 3)] {
             let mut packed = vec![f32::NAN; panels * len];
-            pack_panels::<f32, F>(&mut packed, b, width, workers).unwrap();
+            pack_shares::<f32, F>(&mut packed, b, width, shares, workers).unwrap();
             for (panel, u) in (0..panels).flat_map(|panel| (0..units).map(move |u| (panel, u))) {
                 let row = packed[panel * len + u * width..][..width].iter().map(|x| x.to_bits());
                 let expected = (0..width).map(|j| unit(u, panel * width + j));
