@@ -238,8 +238,7 @@ impl<'py, T: Real> Call<'py, T> {
             Ok((values, recorded, extra))
         })?;
         let y = to_array(py, values, &recorded.form.shape())?.into_any();
-        let pullback =
-            if mode.gradients > 0 { Some(Pullback { recorded: Mutex::new(Some(Box::new(recorded))) }) } else { None };
+        let pullback = (mode.gradients > 0).then(|| Pullback { recorded: Mutex::new(Some(Box::new(recorded))) });
         Ok(((y, pullback), extra))
     }
 }
