@@ -32,6 +32,7 @@ fn decode(c: &mut Criterion) {
                 beam,
                 min_len: Length::Fixed(TOKENS),
                 max_len: Some(Length::Fixed(TOKENS)),
+                scores: false,
                 ..GenerateOptions::default()
             };
             let mut pool = Pool::default();

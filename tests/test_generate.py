@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 from plain_decoding import BOS, EOS, PAD, Plain, log_softmax
-from small_models import WORDS, talkative
+from small_models import SRC, WORDS, talkative, transformer
 
 import transformer_rs as tr
 
@@ -431,3 +431,51 @@ def test_settings_of_hypotheses_are_checked():
             model.hypotheses([[3]], **options)
     with pytest.raises(tr.ConfigError, match="max_len = 9 needs as many positions"):
         talkative(positions="learned", max_positions=8).generate([[3]], max_len=9)
+
+
+# ---- without scores
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("tie_embeddings", [None, "target"])
+def test_ids_alone_are_those_that_come_with_scores(precision, tie_embeddings):
+    """A vocabulary so large that `generate` need not compute every logit."""
+    model = transformer(tgt_vocab=5000, tie_embeddings=tie_embeddings)
+    served = {"f32": lambda: model, "bf16": lambda: model.astype("bf16"), "int8": lambda: model.quantize("int8")}
+    served = served[precision]()
+    sources = [*SRC, *SRC]
+    prefixes = [[], [7, 4000], [], [3], [4], [5, 6, 7]] * 2
+    for options in [
+        {"min_len": 9},
+        {"suppress": range(3, 4900), "forced": {2: 6}, "no_repeat_ngram": 1},
+        {"prefixes": prefixes},
+        {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "seed": 5},
+        {"repetition_penalty": 1.5},
+        {"patience": 2.0},
+        {"beam": 2},
+    ]:
+        options = {"max_len": 12, **options}
+        scored = [best[0].ids.tolist() for best in served.hypotheses(sources, **options)]
+        assert [ids.tolist() for ids in served.generate(sources, **options)] == scored
+        if "prefixes" not in options:
+            assert [ids.tolist() for ids in served.generate_iter(sources, **options)] == scored
+        if not options.keys() & {"prefixes", "beam", "patience"}:
+            assert list(served.stream(sources[0], **options)) == scored[0]
+            drafted = served.generate(sources[:3], draft=model.quantize("int8"), **options)
+            assert [ids.tolist() for ids in drafted] == scored[:3]
+
+
+def test_ids_alone_follow_the_weights():
+    model = transformer(tgt_vocab=5000)
+    state = model.state_dict()
+    said = model.generate(SRC, max_len=5, min_len=5)
+    bias = state["head.bias"].copy()
+    bias[4321] = 99
+    model.load_state_dict({**state, "head.bias": bias})
+    assert all(ids.tolist() == [4321] * 5 for ids in model.generate(SRC, max_len=5, min_len=5))
+    bias[4320] = np.nan
+    model.load_state_dict({**state, "head.bias": bias})
+    with pytest.raises(tr.NonFiniteError, match="token 0 of source 0"):
+        model.generate(SRC)
+    model.load_state_dict(state)
+    assert all(np.array_equal(a, b) for a, b in zip(model.generate(SRC, max_len=5, min_len=5), said, strict=True))

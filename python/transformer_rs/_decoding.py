@@ -52,6 +52,7 @@ def settings(
     *,
     n_best: Any = 1,
     alternatives: Any = 0,
+    scores: bool = False,
 ) -> dict[str, Any]:
     """Options as the compiled part takes them. `sources` are those that `prefixes` and a list of seeds belong to."""
     known = DecodingOptions.__annotations__
@@ -80,6 +81,7 @@ def settings(
         "forced": _forced(op, config, given("forced", {})),
         "prefixes": _prefixes(op, config, given("prefixes"), sources),
         "alternatives": as_size(op, "alternatives", alternatives, 0),
+        "scores": scores,
         "logits_processor": None if processor is None else _hook(op, config, processor),
         "draft": _draft(op, given("draft")),
     }

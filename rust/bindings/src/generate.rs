@@ -71,6 +71,7 @@ pub struct Settings {
     forced: std::collections::BTreeMap<usize, u32>,
     prefixes: Vec<Vec<u32>>,
     alternatives: usize,
+    scores: bool,
     logits_processor: Option<Py<PyAny>>,
 }
 
@@ -97,6 +98,7 @@ impl Settings {
             forced: self.forced,
             prefixes: self.prefixes,
             alternatives: self.alternatives,
+            scores: self.scores,
             attention: false,
         };
         (options, self.logits_processor)

@@ -21,7 +21,7 @@ pub(super) fn attend(
         let memory = model.encode(tape, params, src, rows)?;
         tape.collect_attention();
         for rank in 0..ranks {
-            let tokens = |of: &Vec<Hypothesis>| of.get(rank).map_or(0, |h| h.token_logprobs.len());
+            let tokens = |of: &Vec<Hypothesis>| of.get(rank).map_or(0, |h| h.ids.len() + usize::from(h.finished));
             let read = |of: &Vec<Hypothesis>| {
                 let ids = of.get(rank).into_iter().flat_map(|h| h.ids.iter().copied());
                 [model.config().bos_id].into_iter().chain(ids).take(tokens(of)).collect::<Vec<_>>()

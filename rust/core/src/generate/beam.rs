@@ -28,6 +28,12 @@ pub(super) struct Follow {
 }
 
 impl Follow {
+    /// This token, if any, of which nobody asks how likely it is.
+    pub fn unscored(id: Option<u32>) -> Self {
+        let candidate = |id| Candidate { id, logprob: 0.0, value: 0.0 };
+        Follow { candidates: id.map(candidate).into_iter().collect(), ..Follow::default() }
+    }
+
     /// The best token, if any may follow.
     pub fn first(&self) -> Option<u32> {
         self.candidates.first().map(|candidate| candidate.id)
@@ -249,7 +255,8 @@ impl Beam {
     fn hypothesis(&self, ended: &Ended) -> Hypothesis {
         let mut nodes: Vec<&Node> = self.nodes_of(ended.path).collect();
         nodes.reverse();
-        let token_logprobs: Vec<f32> = nodes.iter().map(|node| node.logprob).collect();
+        let scored = nodes.iter().filter(|_| self.options.scores);
+        let token_logprobs: Vec<f32> = scored.map(|node| node.logprob).collect();
         let ids = &nodes[..nodes.len() - usize::from(ended.finished)];
         Hypothesis {
             ids: ids.iter().map(|node| node.id).collect(),

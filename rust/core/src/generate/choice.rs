@@ -1,5 +1,6 @@
 //! From logits to what may follow a hypothesis.
 
+use super::Loaded;
 use super::beam::{Beam, Candidate, Follow};
 use super::constraints::{Constraints, Next};
 use super::options::{GenerateOptions, Plan};
@@ -9,14 +10,21 @@ use crate::kernels::top_k::{Entry, top_k};
 use crate::models::TransformerConfig;
 use crate::profile::{self, Work};
 use crate::rng::Key;
+use crate::tape::{Tape, Var};
 use crate::threads::for_each;
 use crate::{bail, ensure};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Replaces the logits of one hypothesis: (its ids so far, the model's logits (V,)) -> logits (V,), −∞ for what must not
 /// follow. It is called on the calling thread, hypothesis by hypothesis. Nothing that it returns allows what is forbidden
 /// otherwise.
 pub type Processor<'a> = dyn FnMut(&[u32], &[f32]) -> Result<Vec<f32>> + 'a;
+
+/// So many likeliest tokens are sought without the logits of all.
+const MOST: usize = 64;
+/// After so many rows that must have helped half of them.
+const TRIES: usize = 64;
 
 /// What decides.
 #[derive(Debug)]
@@ -26,6 +34,9 @@ pub(super) struct Choice {
     /// Whether there is a processor.
     processed: bool,
     vocabulary: usize,
+    /// Rows of the model so far, and those of them that needed all logits.
+    sought: AtomicUsize,
+    missed: AtomicUsize,
 }
 
 /// A hypothesis whose next token is to be found.
@@ -44,7 +55,8 @@ pub(super) struct Row<'a> {
 impl Choice {
     pub fn new(options: Arc<GenerateOptions>, config: &TransformerConfig, processed: bool) -> Self {
         let constraints = Constraints::new(&options, config);
-        Choice { options, constraints, processed, vocabulary: config.tgt_vocab }
+        let (sought, missed) = Default::default();
+        Choice { options, constraints, processed, vocabulary: config.tgt_vocab, sought, missed }
     }
 
     /// Whether values never rise above 0.
@@ -62,8 +74,73 @@ impl Choice {
         Row { plan: &beam.plan, len: beam.len + more.len(), ids, key: beam.key(live), processed: None }
     }
 
-    /// What may follow each, given the model's logits (R, V) of all of them; `None` where these are not finite.
+    /// What may follow each, given the hidden states (R, D) of all of them; `None` where the logits are not finite. Of a `guess`
+    /// nothing but the token is of interest.
     pub fn choose(
+        &self,
+        model: Loaded<'_>,
+        tape: &mut Tape<f32>,
+        hidden: Var,
+        rows: Vec<Row<'_>>,
+        guess: bool,
+        processor: Option<&mut Processor<'_>>,
+    ) -> Result<Vec<Option<Follow>>> {
+        let mut follows = match self.deciding(guess) {
+            Some(k) => self.by_likeliest(model, tape, hidden, &rows, k)?,
+            None => vec![None; rows.len()],
+        };
+        let open: Vec<usize> = (0..rows.len()).filter(|&row| follows[row].is_none()).collect();
+        if !guess {
+            self.sought.fetch_add(rows.len(), Ordering::Relaxed);
+            self.missed.fetch_add(open.len(), Ordering::Relaxed);
+        }
+        if !open.is_empty() {
+            let logits = model.logits(tape, hidden, open.iter().copied())?;
+            let rows = rows.into_iter().enumerate().filter(|(row, _)| follows[*row].is_none()).map(|(_, row)| row);
+            let found = self.by_logits(rows.collect(), &logits, processor);
+            tape.pool.recycle(logits);
+            open.into_iter().zip(found?).for_each(|(row, found)| follows[row] = found);
+        }
+        Ok(follows)
+    }
+
+    /// How many of the largest logits decide, where they decide alone.
+    fn deciding(&self, guess: bool) -> Option<usize> {
+        let options = &self.options;
+        let (sought, missed) = (self.sought.load(Ordering::Relaxed), self.missed.load(Ordering::Relaxed));
+        let hopeless = !guess && sought >= TRIES && missed > sought / 2;
+        if hopeless || self.processed || self.constraints.changes() || !(guess || options.ids_alone()) {
+            return None;
+        }
+        match &options.sampling {
+            Some(sampling) => sampling.top_k.filter(|&k| k <= MOST),
+            None => Some(1),
+        }
+    }
+
+    /// What follows each, as far as the `k` likeliest tokens say.
+    fn by_likeliest(
+        &self,
+        model: Loaded<'_>,
+        tape: &mut Tape<f32>,
+        hidden: Var,
+        rows: &[Row<'_>],
+        k: usize,
+    ) -> Result<Vec<Option<Follow>>> {
+        let next: Vec<Next<'_>> =
+            rows.iter().map(|row| self.constraints.next(row.plan, row.len, &row.ids, &[])).collect();
+        let forbidden: Vec<&[(u32, f32)]> = next.iter().map(Next::edits).collect();
+        let found = model.layers.likeliest(tape, model.params, hidden, k, &forbidden)?;
+        let choose = |((row, next), best): ((&Row<'_>, &Next<'_>), Vec<Entry>)| match (next, &self.options.sampling) {
+            (Next::Only(id), _) => Some(*id),
+            (_, Some(sampling)) => sampling.draw_from(&best, row.key.uniform(row.len as u64)),
+            (_, None) => best.first().map(|entry| entry.id),
+        };
+        Ok(rows.iter().zip(&next).zip(found).map(|(of, best)| Some(Follow::unscored(choose((of, best?))))).collect())
+    }
+
+    /// What may follow each, given the model's logits (R, V).
+    fn by_logits(
         &self,
         mut rows: Vec<Row<'_>>,
         logits: &[f32],

@@ -13,6 +13,16 @@ pub(super) enum Next<'a> {
     All(Cow<'a, [(u32, f32)]>),
 }
 
+impl Next<'_> {
+    /// What is read instead of some logits.
+    pub fn edits(&self) -> &[(u32, f32)] {
+        match self {
+            Next::Only(_) => &[],
+            Next::All(edits) => edits,
+        }
+    }
+}
+
 /// The options that change or forbid.
 #[derive(Debug)]
 pub(super) struct Constraints {
@@ -38,6 +48,11 @@ impl Constraints {
     /// Whether [`Constraints::next`] looks at the ids so far.
     pub fn reads_ids(&self) -> bool {
         self.options.repetition_penalty != 1.0 || self.options.no_repeat_ngram.is_some()
+    }
+
+    /// Whether a logit that is not forbidden may become another one.
+    pub fn changes(&self) -> bool {
+        self.options.repetition_penalty != 1.0
     }
 
     /// Whether a logit may become larger than the model's.

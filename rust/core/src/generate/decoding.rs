@@ -133,6 +133,15 @@ impl Decoding {
         };
         let tokens: Vec<u32> = beams.iter().flat_map(read).collect();
         let hidden = model.layers.advance(tape, model.params, &tokens, &rows, state)?;
+        if self.options.ids_alone() {
+            let ahead = |beam: &mut Beam| {
+                let ids = beam.plan.prefix.iter().take(long(beam));
+                let follows: Vec<_> = ids.map(|&id| Follow::unscored(Some(id))).collect();
+                beam.ahead.extend(follows);
+            };
+            beams.iter_mut().for_each(ahead);
+            return Ok(());
+        }
         let places: Vec<(usize, usize)> =
             (0..beams.len()).flat_map(|i| (0..rows.length(i)).map(move |at| (i, at))).collect();
         for (places, first) in places.chunks(PREFIX_ROWS).zip((0..).step_by(PREFIX_ROWS)) {
@@ -223,10 +232,10 @@ impl Decoding {
         }
         let mut found = Vec::new();
         if !rows.is_empty() {
-            let logits = model.read(pool, state, &tokens, &Rows::from_lengths(&lengths), 0..tokens.len())?;
-            let chosen = self.choice.choose(rows, &logits, processor);
-            pool.recycle(logits);
-            found = chosen?;
+            found = on_tape(pool, |tape| {
+                let hidden = model.layers.advance(tape, model.params, &tokens, &Rows::from_lengths(&lengths), state)?;
+                self.choice.choose(model, tape, hidden, rows, false, processor)
+            })?;
         }
         let (mut found, mut kept) = (found.into_iter(), state.positions().to_vec());
         let mut follows = Vec::with_capacity(lengths.len());

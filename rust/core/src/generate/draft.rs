@@ -7,7 +7,7 @@
 use super::beam::Beam;
 use super::choice::Choice;
 use super::options::GenerateOptions;
-use super::{Loaded, join, on_tape};
+use super::{Loaded, join, on_tape, some_rows};
 use crate::ensure;
 use crate::error::Result;
 use crate::models::DecoderState;
@@ -124,13 +124,14 @@ impl Guesser {
                 unread[i] = text[state.positions()[i]..].to_vec();
             }
             let rows = Rows::from_lengths(&unread.iter().map(Vec::len).collect::<Vec<_>>());
-            let last = goes_on.iter().map(|&i| rows.range(i).end - 1);
-            let logits = draft.read(pool, state, &unread.concat(), &rows, last)?;
+            let last: Vec<usize> = goes_on.iter().map(|&i| rows.range(i).end - 1).collect();
             let asked = goes_on.iter().map(|&i| choice.row(&beams[i], 0, &[&behind[i][..], &guesses[i]].concat()));
-            let asked = asked.collect();
-            let follows = choice.choose(asked, &logits, None);
-            pool.recycle(logits);
-            for (&i, follow) in goes_on.iter().zip(follows?) {
+            let follows = on_tape(pool, |tape| {
+                let hidden = draft.layers.advance(tape, draft.params, &unread.concat(), &rows, state)?;
+                let hidden = some_rows(tape, hidden, &last)?;
+                choice.choose(draft, tape, hidden, asked.collect(), true, None)
+            })?;
+            for (&i, follow) in goes_on.iter().zip(follows) {
                 match follow.and_then(|follow| follow.first()).filter(|&id| id != config.eos_id) {
                     Some(id) => guesses[i].push(id),
                     None => wanted[i] = guesses[i].len(),

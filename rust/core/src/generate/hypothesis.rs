@@ -7,9 +7,10 @@ use crate::kernels::top_k::Entry;
 pub struct Hypothesis {
     /// The tokens, without BOS and EOS.
     pub ids: Vec<u32>,
-    /// Σ `token_logprobs` / nᵅ, n their number and α the length penalty; summed in f64, first to last.
+    /// Σ `token_logprobs` / nᵅ, n their number and α the length penalty; summed in f64, first to last. 0 if not asked for.
     pub score: f64,
     /// The model's log-probability of every id, before anything was changed or forbidden; EOS last if `finished`.
+    /// None if not asked for.
     pub token_logprobs: Vec<f32>,
     /// Whether it ended with EOS; otherwise `max_len` cut it off.
     pub finished: bool,

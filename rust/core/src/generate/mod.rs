@@ -55,21 +55,6 @@ impl Loaded<'_> {
         self.layers.start(tape, self.params, memory, rows)
     }
 
-    /// Reads the next tokens of every sequence; gives the logits after those in these rows.
-    fn read(
-        self,
-        pool: &mut Pool<f32>,
-        state: &mut DecoderState<f32>,
-        tokens: &[u32],
-        rows: &Rows,
-        asked: impl Iterator<Item = usize>,
-    ) -> Result<Tensor<f32>> {
-        on_tape(pool, |tape| {
-            let hidden = self.layers.advance(tape, self.params, tokens, rows, state)?;
-            self.logits(tape, hidden, asked)
-        })
-    }
-
     /// The logits of these rows of the hidden states (R, D).
     fn logits(self, tape: &mut Tape<f32>, hidden: Var, asked: impl Iterator<Item = usize>) -> Result<Tensor<f32>> {
         let hidden = some_rows(tape, hidden, &asked.collect::<Vec<_>>())?;

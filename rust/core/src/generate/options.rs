@@ -61,6 +61,9 @@ pub struct GenerateOptions {
     pub prefixes: Vec<Vec<u32>>,
     /// How many of the model's likeliest tokens to give at every step, beside the one chosen.
     pub alternatives: usize,
+    /// Whether hypotheses come with scores and log-probabilities. Where they do not, one that is searched greedily, or drawn from the
+    /// `top_k`, takes less time: not every logit need be known.
+    pub scores: bool,
     /// Whether hypotheses come with the attention their tokens paid to the source.
     pub attention: bool,
 }
@@ -81,6 +84,7 @@ impl Default for GenerateOptions {
             forced: BTreeMap::new(),
             prefixes: Vec::new(),
             alternatives: 0,
+            scores: true,
             attention: false,
         }
     }
@@ -114,6 +118,12 @@ impl GenerateOptions {
     /// Hypotheses of a source that are decoded side by side.
     pub(super) fn width(&self) -> usize {
         if self.sampling.is_some() { self.n_best } else { self.beam }
+    }
+
+    /// Whether nobody asks how likely tokens are: neither the caller nor a search that compares hypotheses.
+    pub(super) fn ids_alone(&self) -> bool {
+        let one = self.width() == 1 && (self.sampling.is_some() || self.patience <= 1.0);
+        one && !self.scores && self.alternatives == 0
     }
 
     /// score = Σ log p / nᵅ; 0 for no tokens.

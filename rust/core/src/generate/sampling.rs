@@ -83,29 +83,32 @@ impl Sampling {
 
     /// The column drawn from a row of logits with these edits (see [`top_k`]); `None` where nothing can be.
     pub(super) fn draw(&self, row: &[f32], edits: &[(u32, f32)], uniform: f64) -> Option<u32> {
+        if let Some(k) = self.top_k {
+            return self.draw_from(&largest(row, edits, k.min(row.len())), uniform);
+        }
         let mut first = [Entry::NONE];
         top_k(&mut first, row, edits);
-        let max = first[0].value;
+        let mut w = row.to_vec();
+        edits.iter().for_each(|&(id, value)| w[id as usize] = value);
+        self.draw_by(first[0].value, w, 0.., uniform)
+    }
+
+    /// The same from the `top_k` largest entries of the edited row, largest first.
+    pub(super) fn draw_from(&self, best: &[Entry], uniform: f64) -> Option<u32> {
+        let max = best.first()?.value;
+        let mut by_id: Vec<_> = best.iter().map(|entry| (entry.id, entry.value)).collect();
+        by_id.sort_unstable_by_key(|&(id, _)| id);
+        let (ids, logits): (Vec<u32>, _) = by_id.into_iter().unzip();
+        self.draw_by(max, logits, ids.into_iter(), uniform)
+    }
+
+    /// The same from logits of these ids, which go up; `max` is the largest.
+    fn draw_by(&self, max: f32, mut logits: Vec<f32>, ids: impl Iterator<Item = u32>, uniform: f64) -> Option<u32> {
         if max == f32::NEG_INFINITY {
             return None;
         }
-        // (id, w), ids going up.
-        let mut kept: Vec<(u32, f32)> = match self.top_k {
-            Some(k) => {
-                let best = largest(row, edits, k.min(row.len()));
-                let mut w: Vec<f32> = best.iter().map(|entry| entry.value).collect();
-                weights(&mut w, max, self.inverse_temperature());
-                let mut kept: Vec<_> = best.iter().zip(w).map(|(entry, w)| (entry.id, w)).collect();
-                kept.sort_unstable_by_key(|&(id, _)| id);
-                kept
-            }
-            None => {
-                let mut w = row.to_vec();
-                edits.iter().for_each(|&(id, value)| w[id as usize] = value);
-                weights(&mut w, max, self.inverse_temperature());
-                (0..).zip(w).collect()
-            }
-        };
+        weights(&mut logits, max, self.inverse_temperature());
+        let mut kept: Vec<(u32, f32)> = ids.zip(logits).collect();
         if let Some(top_p) = self.top_p.filter(|&top_p| top_p < 1.0) {
             keep_nucleus(&mut kept, top_p);
         }

@@ -5,6 +5,7 @@ use crate::error::Error;
 use crate::kernels::softmax::log_sum_exp;
 use crate::models::{Batch, PositionKind, Tie, TransformerConfig};
 use crate::nn::FeedForwardActivation;
+use crate::tape::SHORTLIST_FROM;
 use crate::threads::{section, with_local_limit};
 
 const PAD: u32 = 0;
@@ -554,4 +555,58 @@ fn buffers_do_not_grow_with_the_steps() {
         pool.bytes()
     };
     assert_eq!(bytes(100), bytes(10));
+}
+
+/// A vocabulary so large that the likeliest tokens are sought without the logits of all.
+fn large(config: TransformerConfig) -> TransformerConfig {
+    TransformerConfig { tgt_vocab: SHORTLIST_FROM / config.d_model, ..config }
+}
+
+#[test]
+fn without_scores_the_ids_are_the_same() {
+    let tied = TransformerConfig { tie_embeddings: Some(Tie::Target), head_bias: false, ..config() };
+    let sampling = |top_p| Sampling { seeds: Seeds::Shared(7), temperature: 0.8, top_k: Some(40), top_p, min_p: None };
+    let common = GenerateOptions { max_len: fixed(8), ..GenerateOptions::default() };
+    let mut all = vec![
+        common.clone(),
+        GenerateOptions { min_len: fixed(8).unwrap(), attention: true, ..common.clone() },
+        GenerateOptions { no_repeat_ngram: Some(1), suppress: vec![4, 7], forced: [(2, 5)].into(), ..common.clone() },
+        GenerateOptions { prefixes: vec![vec![3], vec![], vec![6, 6], vec![7; 8], vec![]], ..common.clone() },
+        GenerateOptions { sampling: Some(sampling(None)), n_best: 3, ..common.clone() },
+        GenerateOptions { sampling: Some(sampling(Some(0.9))), ..common.clone() },
+        GenerateOptions { patience: 2.0, ..common.clone() },
+        GenerateOptions { beam: 3, n_best: 2, ..common },
+    ];
+    all.extend(everything());
+    for (seed, config) in [large(config()), large(tied), config()].into_iter().enumerate() {
+        let fixture = Fixture::new(config, seed as u64);
+        for options in &all {
+            let expected = fixture.search(&SOURCES, options).unwrap();
+            let options = GenerateOptions { scores: false, alternatives: 0, ..options.clone() };
+            let bare = |h: Hypothesis| Hypothesis { score: 0.0, token_logprobs: vec![], alternatives: vec![], ..h };
+            let expected: Vec<Vec<_>> = expected.into_iter().map(|best| best.into_iter().map(bare).collect()).collect();
+            for threads in [1, 3] {
+                let found = with_local_limit(threads, || fixture.search(&SOURCES, &options)).unwrap();
+                assert_eq!(found, expected, "{options:?}");
+            }
+            if options.width() == 1 {
+                assert_eq!(fixture.search_with(Some(&fixture), &SOURCES, &options).unwrap(), expected, "{options:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn without_scores_the_logits_must_be_finite_too() {
+    let mut fixture = Fixture::new(large(config()), 8);
+    let options = GenerateOptions { scores: false, ..GenerateOptions::default() };
+    assert!(fixture.search(&SOURCES, &options).is_ok());
+    // Of one token; then of all, where all are as likely, which only the whole product can tell.
+    fixture.change("head.weight", |i, w| if i == 900 { f32::NAN } else { w });
+    let error = fixture.search(&SOURCES, &options).unwrap_err();
+    assert!(matches!(&error, Error::NonFinite(text) if text.contains("token 0 of source 0")), "{error}");
+    fixture.change("head.weight", |_, _| 0.0);
+    fixture.change("head.bias", |_, _| 0.0);
+    let found = fixture.search(&SOURCES, &options).unwrap();
+    assert!(found.iter().all(|best| best[0].ids.is_empty() && best[0].finished), "of equals the lowest id, EOS");
 }

@@ -3,6 +3,7 @@
 use super::{PositionKind, Tie, TransformerConfig};
 use crate::ensure;
 use crate::error::Result;
+use crate::kernels::top_k::Entry;
 use crate::nn::{Embedding, LayerState, Linear, Positions, Stack};
 use crate::ops::{self, CrossEntropy, Masks};
 use crate::rows::Rows;
@@ -241,6 +242,18 @@ impl Transformer {
     /// Hidden states (R, D) -> logits (R, V).
     pub fn logits<T: Float>(&self, tape: &mut Tape<T>, params: &Params<T>, hidden: Var) -> Result<Var> {
         self.head.forward(tape, params, hidden)
+    }
+
+    /// The `k` likeliest tokens of each row of the hidden states (R, D), with their logits: see [`ops::likeliest`].
+    pub fn likeliest<T: Float>(
+        &self,
+        tape: &mut Tape<T>,
+        params: &Params<T>,
+        hidden: Var,
+        k: usize,
+        forbidden: &[&[(u32, T)]],
+    ) -> Result<Vec<Option<Vec<Entry<T>>>>> {
+        ops::likeliest(tape, params, hidden, self.head.weight(), self.head.bias(), k, forbidden)
     }
 
     /// The summed loss of a batch, label-smoothed.

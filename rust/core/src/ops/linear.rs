@@ -110,7 +110,12 @@ pub(super) fn refuse_gradients<T: Float>(tape: &Tape<T>, params: &Params<T>, op:
 }
 
 /// Refuses parameters that do not fit x; returns the number of rows of each weight.
-fn check<T: Float>(params: &Params<T>, d: usize, weights: &[ParamId], biases: &[ParamId]) -> Result<Vec<usize>> {
+pub(super) fn check<T: Float>(
+    params: &Params<T>,
+    d: usize,
+    weights: &[ParamId],
+    biases: &[ParamId],
+) -> Result<Vec<usize>> {
     let shape = |id: ParamId| &params.layout().entry(id).shape[..];
     let mut widths = Vec::with_capacity(weights.len());
     for &w in weights {

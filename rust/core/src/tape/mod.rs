@@ -16,7 +16,7 @@ pub use gradcheck::gradcheck;
 pub use grads::Grads;
 pub use layout::{Builder, Entry, Init, Layout, ParamId, StatId, Stored};
 pub(crate) use params::check_bf16;
-pub use params::{CompactRhs, Params};
+pub use params::{CompactRhs, Params, SHORTLIST_FROM};
 pub use pool::Pool;
 pub use tensor::Tensor;
 

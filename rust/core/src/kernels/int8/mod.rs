@@ -6,12 +6,14 @@
 
 mod pack;
 mod quantize;
+mod shortlist;
 
 #[cfg(test)]
 mod tests;
 
 pub use pack::Int8Rhs;
 pub use quantize::quantize_rows;
+pub use shortlist::Shortlist;
 
 use super::gemm::{Epilogue, stash};
 use super::grid::{Cut, Grid, Neighbours};
