@@ -5,8 +5,8 @@ use super::beam::{Beam, Candidate, Follow};
 use super::constraints::{Constraints, Next};
 use super::options::{GenerateOptions, Plan};
 use crate::error::Result;
-use crate::kernels::softmax::{LogSumExp, log_sum_exp};
-use crate::kernels::top_k::{Entry, top_k};
+use crate::kernels::softmax::LogSumExp;
+use crate::kernels::top_k::{Entry, Finite, Survey, top_k};
 use crate::models::TransformerConfig;
 use crate::profile::{self, Work};
 use crate::rng::Key;
@@ -85,7 +85,8 @@ impl Choice {
         guess: bool,
         processor: Option<&mut Processor<'_>>,
     ) -> Result<Vec<Option<Follow>>> {
-        let mut follows = match self.deciding(guess) {
+        let scored = !(guess || self.options.ids_alone());
+        let mut follows = match self.deciding(guess).filter(|_| !scored) {
             Some(k) => self.by_likeliest(model, tape, hidden, &rows, k)?,
             None => vec![None; rows.len()],
         };
@@ -97,7 +98,7 @@ impl Choice {
         if !open.is_empty() {
             let logits = model.logits(tape, hidden, open.iter().copied())?;
             let rows = rows.into_iter().enumerate().filter(|(row, _)| follows[*row].is_none()).map(|(_, row)| row);
-            let found = self.by_logits(rows.collect(), &logits, processor);
+            let found = self.by_logits(rows.collect(), &logits, scored, processor);
             tape.pool.recycle(logits);
             open.into_iter().zip(found?).for_each(|(row, found)| follows[row] = found);
         }
@@ -109,7 +110,7 @@ impl Choice {
         let options = &self.options;
         let (sought, missed) = (self.sought.load(Ordering::Relaxed), self.missed.load(Ordering::Relaxed));
         let hopeless = !guess && sought >= TRIES && missed > sought / 2;
-        if hopeless || self.processed || self.constraints.changes() || !(guess || options.ids_alone()) {
+        if hopeless || self.processed || self.constraints.changes() {
             return None;
         }
         match &options.sampling {
@@ -139,11 +140,12 @@ impl Choice {
         Ok(rows.iter().zip(&next).zip(found).map(|(of, best)| Some(Follow::unscored(choose((of, best?))))).collect())
     }
 
-    /// What may follow each, given the model's logits (R, V).
+    /// What may follow each, given the model's logits (R, V); how likely that is, if it is to be `scored`.
     fn by_logits(
         &self,
         mut rows: Vec<Row<'_>>,
         logits: &[f32],
+        scored: bool,
         mut processor: Option<&mut Processor<'_>>,
     ) -> Result<Vec<Option<Follow>>> {
         let v = self.vocabulary;
@@ -156,15 +158,26 @@ impl Choice {
         }
         let mut follows = vec![None; rows.len()];
         for_each(rows.iter().zip(logits.chunks(v)).zip(&mut follows), |((row, logits), follow)| {
-            *follow = self.candidates(row, logits);
+            *follow = self.candidates(row, logits, scored);
         })?;
         Ok(follows)
     }
 
-    fn candidates(&self, row: &Row<'_>, logits: &[f32]) -> Option<Follow> {
+    /// What may follow one; `None` where its logits are not finite.
+    fn candidates(&self, row: &Row<'_>, logits: &[f32], scored: bool) -> Option<Follow> {
+        if scored {
+            let (chosen, lse) = self.best(row, logits);
+            return self.follow(logits, lse, &chosen);
+        }
+        let (chosen, finite) = self.best::<Finite<f32>>(row, logits);
+        finite.holds().then(|| Follow::unscored(chosen.first().map(|entry| entry.id)))
+    }
+
+    /// What is to follow it, best first, and what was learnt of all logits.
+    fn best<R: Survey<f32>>(&self, row: &Row<'_>, logits: &[f32]) -> (Vec<Entry>, R) {
         let read = row.processed.as_deref().unwrap_or(logits);
         let of = |id: u32| Entry { id, value: logits[id as usize] };
-        let mut lse = None;
+        let mut survey = None;
         let chosen = match self.constraints.next(row.plan, row.len, &row.ids, read) {
             Next::Only(id) => vec![of(id)],
             Next::All(edits) => match &self.options.sampling {
@@ -174,18 +187,17 @@ impl Choice {
                 None => {
                     let mut best = vec![Entry::NONE; self.options.beam.saturating_add(1).min(logits.len())];
                     let of_read = top_k(&mut best, read, &edits);
-                    lse = row.processed.is_none().then_some(of_read);
+                    survey = row.processed.is_none().then_some(of_read);
                     best.retain(|entry| entry.value > f32::NEG_INFINITY);
                     best
                 }
             },
         };
-        self.follow(logits, lse, &chosen)
+        (chosen, survey.unwrap_or_else(|| top_k(&mut [], logits, &[])))
     }
 
     /// What was chosen, with what the model says of it; `None` if its logits are not finite.
-    pub fn follow(&self, logits: &[f32], lse: Option<LogSumExp<f32>>, chosen: &[Entry]) -> Option<Follow> {
-        let lse = lse.unwrap_or_else(|| log_sum_exp(logits));
+    pub fn follow(&self, logits: &[f32], lse: LogSumExp<f32>, chosen: &[Entry]) -> Option<Follow> {
         if !(lse.max.is_finite() && lse.log.is_finite()) {
             return None;
         }
@@ -197,7 +209,7 @@ impl Choice {
         });
         let mut alternatives = vec![Entry::NONE; self.options.alternatives];
         if !alternatives.is_empty() {
-            top_k(&mut alternatives, logits, &[]);
+            top_k::<f32, Finite<f32>>(&mut alternatives, logits, &[]);
         }
         alternatives.iter_mut().for_each(|entry| entry.value = logprob(entry.value));
         Some(Follow { candidates: candidates.collect(), alternatives: alternatives.into() })

@@ -10,6 +10,7 @@ use super::options::{GenerateOptions, Plan};
 use super::{Loaded, join, on_tape};
 use crate::ensure;
 use crate::error::Result;
+use crate::kernels::softmax::log_sum_exp;
 use crate::kernels::top_k::Entry;
 use crate::models::DecoderState;
 use crate::profile::{self, Work};
@@ -151,7 +152,7 @@ impl Decoding {
             let of = plans.iter().zip(places).zip(logits.chunks(logits.cols()));
             for_each(of.zip(&mut follows), |(((plan, &(_, at)), logits), follow)| {
                 let id = plan.prefix[at];
-                *follow = self.choice.follow(logits, None, &[Entry { id, value: logits[id as usize] }]);
+                *follow = self.choice.follow(logits, log_sum_exp(logits), &[Entry { id, value: logits[id as usize] }]);
             })?;
             for (&(i, at), follow) in places.iter().zip(follows) {
                 let follow = follow.ok_or_else(|| beams[i].plan.not_finite(at))?;

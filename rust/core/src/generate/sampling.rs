@@ -4,7 +4,7 @@ use crate::ensure;
 use crate::error::Result;
 use crate::kernel;
 use crate::kernels::lanes::map;
-use crate::kernels::top_k::{Entry, top_k};
+use crate::kernels::top_k::{Entry, Finite, top_k};
 use crate::rng::Key;
 use crate::simd::math;
 use std::cmp::Ordering;
@@ -87,7 +87,7 @@ impl Sampling {
             return self.draw_from(&largest(row, edits, k.min(row.len())), uniform);
         }
         let mut first = [Entry::NONE];
-        top_k(&mut first, row, edits);
+        top_k::<f32, Finite<f32>>(&mut first, row, edits);
         let mut w = row.to_vec();
         edits.iter().for_each(|&(id, value)| w[id as usize] = value);
         self.draw_by(first[0].value, w, 0.., uniform)
@@ -141,7 +141,7 @@ kernel! {
 fn largest(row: &[f32], edits: &[(u32, f32)], k: usize) -> Vec<Entry> {
     let mut best = vec![Entry::NONE; k];
     if k <= HEAD {
-        top_k(&mut best, row, edits);
+        top_k::<f32, Finite<f32>>(&mut best, row, edits);
     } else {
         // Inserting one by one into a long list would take longer than sorting.
         best = (0..).zip(row).map(|(id, &value)| Entry { id, value }).collect();

@@ -1,5 +1,7 @@
-//! The few largest numbers of a row, found while the logarithm of its softmax's denominator is computed.
+//! The few largest numbers of a row, found while something is learnt of all of them: mostly the logarithm of its softmax's
+//! denominator.
 
+use super::lanes::largest;
 use super::softmax::{BLOCK, LogSumExp};
 use crate::kernel;
 use crate::simd::{Float, Simd};
@@ -18,19 +20,81 @@ impl<T: Float> Entry<T> {
     pub const NONE: Self = Entry { id: u32::MAX, value: T::NEG_INFINITY };
 }
 
+/// What is learnt of a whole row.
+pub trait Survey<T: Float> {
+    /// Of no numbers.
+    fn empty() -> Self;
+    /// Takes in the next block of the row; returns the block's largest number. `#[inline(always)]`.
+    fn add<S: Simd<T>>(&mut self, s: S, block: &[T]) -> T;
+    /// All blocks are in.
+    fn finish(self) -> Self;
+}
+
+/// ln Σ eˣ, with the bits of [`super::softmax::log_sum_exp`].
+impl<T: Float> Survey<T> for LogSumExp<T> {
+    fn empty() -> Self {
+        LogSumExp::empty()
+    }
+
+    #[inline(always)]
+    fn add<S: Simd<T>>(&mut self, s: S, block: &[T]) -> T {
+        LogSumExp::add(self, s, block)
+    }
+
+    fn finish(self) -> Self {
+        LogSumExp::finish(self)
+    }
+}
+
+/// Whether that logarithm is finite: no number is NaN, and the largest is finite.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Finite<T> {
+    largest: T,
+    nan: bool,
+}
+
+impl<T: Float> Finite<T> {
+    /// Whether it is so.
+    pub fn holds(self) -> bool {
+        !self.nan && self.largest.is_finite()
+    }
+}
+
+impl<T: Float> Survey<T> for Finite<T> {
+    fn empty() -> Self {
+        Finite { largest: T::NEG_INFINITY, nan: false }
+    }
+
+    #[inline(always)]
+    fn add<S: Simd<T>>(&mut self, s: S, block: &[T]) -> T {
+        let highest = largest(s, block);
+        let is_nan = |x: &[T]| {
+            let x = s.load_first(x, T::ZERO);
+            s.any(s.not(s.eq(x, x)))
+        };
+        self.nan |= block.chunks(S::LANES).any(is_nan);
+        self.largest = if highest > self.largest { highest } else { self.largest };
+        highest
+    }
+
+    fn finish(self) -> Self {
+        self
+    }
+}
+
 kernel! {
     /// Fills `best` with the largest numbers of a row: value down, then column up; [`Entry::NONE`] where there are too few,
     /// as neither NaN nor −∞ is taken. `edits`, columns going up, hold what is to be read instead of some numbers; what is
-    /// returned is ln Σ eˣ of the row itself, with the bits of [`super::softmax::log_sum_exp`].
+    /// returned is of the row itself.
     ///
     /// The row is read once: a block stays in the cache between the two, and is passed over where its largest number is
     /// no larger than the smallest of `best`.
-    pub fn top_k<'a, T>(s: S; best: &'a mut [Entry<T>], row: &'a [T], edits: &'a [(u32, T)]) -> LogSumExp<T> {
+    pub fn top_k<'a, T, R: Survey<T>>(s: S; best: &'a mut [Entry<T>], row: &'a [T], edits: &'a [(u32, T)]) -> R {
         best.fill(Entry::NONE);
-        let (mut lse, mut edited) = (LogSumExp::empty(), [T::ZERO; BLOCK]);
+        let (mut survey, mut edited) = (R::empty(), [T::ZERO; BLOCK]);
         let mut edits = edits;
         for (b, block) in row.chunks(BLOCK).enumerate() {
-            let (first, mut highest) = (b * BLOCK, lse.add(s, block));
+            let (first, mut highest) = (b * BLOCK, survey.add(s, block));
             let here = edits.partition_point(|&(id, _)| (id as usize) < first + block.len());
             let (now, later) = edits.split_at(here);
             edits = later;
@@ -47,7 +111,7 @@ kernel! {
                 insert(s, best, read, first);
             }
         }
-        lse.finish()
+        survey.finish()
     }
 }
 
@@ -70,7 +134,7 @@ fn insert<T: Float, S: Simd<T>>(s: S, best: &mut [Entry<T>], block: &[T], first:
     }
 }
 
-/// [`top_k`] without the sum: sorts the whole row.
+/// [`top_k`] alone: sorts the whole row.
 pub fn top_k_reference<T: Float>(best: &mut [Entry<T>], row: &[T], edits: &[(u32, T)]) {
     let mut all: Vec<Entry<T>> = (0..).zip(row).map(|(id, &value)| Entry { id, value }).collect();
     edits.iter().for_each(|&(id, value)| all[id as usize].value = value);
@@ -90,9 +154,12 @@ mod tests {
     fn check<T: Float>(row: &[T], k: usize, edits: &[(u32, T)]) {
         let junk = Entry { id: 7, value: T::from_f64(7.0) };
         let (mut best, mut expected) = (vec![junk; k], vec![junk; k]);
-        assert_eq!(top_k(&mut best, row, edits), log_sum_exp(row));
+        assert_eq!(top_k::<T, LogSumExp<T>>(&mut best, row, edits), log_sum_exp(row));
         top_k_reference(&mut expected, row, edits);
         assert_eq!(best, expected, "{} {k} {edits:?}", row.len());
+        best.fill(junk);
+        assert_eq!(top_k::<T, Finite<T>>(&mut best, row, edits).holds(), log_sum_exp(row).log.is_finite());
+        assert_eq!(best, expected);
     }
 
     #[test]
@@ -123,7 +190,13 @@ mod tests {
         let mut row = vec![0.5f32; 700];
         (row[600], row[3]) = (f32::NAN, 1.0);
         let mut best = [Entry::NONE; 3];
-        assert!(top_k(&mut best, &row, &[]).sum.is_nan());
+        assert!(top_k::<f32, LogSumExp<f32>>(&mut best, &row, &[]).sum.is_nan());
         assert_eq!(best.map(|entry| entry.id), [3, 0, 1]);
+        let finite = |row: &[f32]| top_k::<f32, Finite<f32>>(&mut [], row, &[]).holds();
+        for n in 0..row.len() {
+            assert_eq!(finite(&row[..n + 1]), n < 600, "{n}");
+        }
+        row[600] = f32::INFINITY;
+        assert!(finite(&row[..600]) && !finite(&row) && !finite(&[f32::NEG_INFINITY; 40]));
     }
 }

@@ -85,7 +85,7 @@ fn outputs<T: Float>(
 mod tests {
     use super::super::{linear, testing};
     use super::*;
-    use crate::kernels::top_k::top_k;
+    use crate::kernels::top_k::{Finite, top_k};
     use crate::tape::{Builder, Init, Pool, SHORTLIST_FROM, Stored, Tensor};
     use crate::threads::with_local_limit;
     use std::sync::Arc;
@@ -127,7 +127,7 @@ mod tests {
                     let found = find(params, &x, weight, bias, k).unwrap();
                     for (found, y) in found.iter().zip(tape.value(y).unwrap().chunks(O)) {
                         let mut best = vec![Entry::NONE; k];
-                        top_k(&mut best, y, &[(3, f32::NEG_INFINITY)]);
+                        top_k::<f32, Finite<f32>>(&mut best, y, &[(3, f32::NEG_INFINITY)]);
                         assert_eq!(found.as_ref(), Some(&best));
                     }
                     for threads in [1, 3] {
