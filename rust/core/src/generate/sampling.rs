@@ -51,6 +51,11 @@ impl Seeds {
 
 /// So many tokens are sorted, or inserted one by one into a list, rather than divided further.
 const HEAD: usize = 64;
+/// Weights that are summed together. Part of the numeric contract.
+const BLOCK: usize = 512;
+/// Weights are sorted by their upper bits into so many sizes, which reach from 1 to 2⁻³².
+const SIZES: usize = 1024;
+const SIZE_BITS: u32 = 18;
 
 impl Sampling {
     pub(super) fn check(&self, sources: Option<usize>) -> Result<()> {
@@ -90,7 +95,7 @@ impl Sampling {
         top_k::<f32, Finite<f32>>(&mut first, row, edits);
         let mut w = row.to_vec();
         edits.iter().for_each(|&(id, value)| w[id as usize] = value);
-        self.draw_by(first[0].value, w, 0.., uniform)
+        self.draw_by(first[0].value, w, |at| at as u32, uniform)
     }
 
     /// The same from the `top_k` largest entries of the edited row, largest first.
@@ -99,28 +104,30 @@ impl Sampling {
         let mut by_id: Vec<_> = best.iter().map(|entry| (entry.id, entry.value)).collect();
         by_id.sort_unstable_by_key(|&(id, _)| id);
         let (ids, logits): (Vec<u32>, _) = by_id.into_iter().unzip();
-        self.draw_by(max, logits, ids.into_iter(), uniform)
+        self.draw_by(max, logits, |at| ids[at], uniform)
     }
 
-    /// The same from logits of these ids, which go up; `max` is the largest.
-    fn draw_by(&self, max: f32, mut logits: Vec<f32>, ids: impl Iterator<Item = u32>, uniform: f64) -> Option<u32> {
+    /// The same from logits, ids going up; `max` is the largest, `id` says whose one is.
+    fn draw_by(&self, max: f32, logits: Vec<f32>, id: impl Fn(usize) -> u32, uniform: f64) -> Option<u32> {
         if max == f32::NEG_INFINITY {
             return None;
         }
-        weights(&mut logits, max, self.inverse_temperature());
-        let mut kept: Vec<(u32, f32)> = ids.zip(logits).collect();
-        if let Some(top_p) = self.top_p.filter(|&top_p| top_p < 1.0) {
-            keep_nucleus(&mut kept, top_p);
+        let mut w = logits;
+        weights(&mut w, max, self.inverse_temperature());
+        let (top_p, min_p) = (self.top_p.unwrap_or(1.0), self.min_p.unwrap_or(0.0));
+        if top_p == 1.0 && min_p == 0.0 {
+            return pick(&w, uniform).map(id);
         }
-        let least = self.min_p.unwrap_or(0.0);
-        kept.retain(|&(_, w)| w > 0.0 && f64::from(w) >= least); // the largest w is e⁰
-        let goal = uniform * sum(&kept);
-        let mut so_far = 0.0;
-        let drawn = kept.iter().find(|&&(_, w)| {
-            so_far += f64::from(w);
-            so_far > goal
+        let (last, least) = if top_p < 1.0 { last_of_nucleus(&w, top_p * sum(&w)) } else { (w.len(), 0.0) };
+        let (mut places, mut kept) = (Vec::new(), Vec::new());
+        between(&w, least.max(f32::MIN_POSITIVE), f32::INFINITY, |at, w| {
+            // The largest w is e⁰.
+            if (w > least || at <= last) && f64::from(w) >= min_p {
+                places.push(at);
+                kept.push(w);
+            }
         });
-        drawn.or(kept.last()).map(|&(id, _)| id)
+        pick(&kept, uniform).map(|at| id(places[at]))
     }
 
     fn inverse_temperature(&self) -> f32 {
@@ -154,35 +161,79 @@ fn largest(row: &[f32], edits: &[(u32, f32)], k: usize) -> Vec<Entry> {
     best
 }
 
-/// Keeps the fewest likeliest tokens that make up `top_p` of all weight.
-fn keep_nucleus(kept: &mut Vec<(u32, f32)>, top_p: f64) {
-    let likelier = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-    let (mut ranked, mut needed) = (kept.clone(), top_p * sum(kept));
-    // The first `low` are in, those from `high` on are not. First a small head, which mostly is enough; then halves.
-    let (mut low, mut high) = (0, ranked.len());
-    let mut middle = HEAD.min(high);
-    while high - low > HEAD {
-        ranked[low..high].select_nth_unstable_by(middle - low, likelier);
-        let half = sum(&ranked[low..middle]);
-        if half >= needed {
-            high = middle;
-        } else {
-            (low, needed) = (middle, needed - half);
+/// The last, by weight and place, of the fewest likeliest tokens whose weights make up so much. Weights are 1 at most.
+fn last_of_nucleus(w: &[f32], needed: f64) -> (usize, f32) {
+    // The sums of weights of about one size, from 1 down; the very smallest are left over.
+    let mut sums = [0.0; SIZES];
+    between(w, smallest(SIZES - 1), f32::INFINITY, |_, w| sums[size(w)] += f64::from(w));
+    let (mut so_far, mut least, mut most) = (0.0, f32::MIN_POSITIVE, f32::INFINITY);
+    for (size, sum) in sums.into_iter().enumerate() {
+        if so_far + sum >= needed {
+            least = smallest(size);
+            break;
         }
-        middle = low + (high - low) / 2;
+        (so_far, most) = (so_far + sum, smallest(size));
     }
-    ranked[low..high].sort_unstable_by(likelier);
-    let last = ranked[low..high].iter().find(|&&(_, w)| {
-        needed -= f64::from(w);
-        needed <= 0.0
+    // The last one is of this size.
+    let mut ranked = Vec::new();
+    between(w, least, most, |at, w| ranked.push((at, w)));
+    ranked.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    let last = ranked.iter().find(|&&(_, w)| {
+        so_far += f64::from(w);
+        so_far >= needed
     });
-    if let Some(&last) = last {
-        kept.retain(|token| likelier(token, &last).is_le());
+    // Sums are rounded: then it is the last one of all.
+    last.or(ranked.last()).copied().unwrap_or((w.len(), 0.0))
+}
+
+/// Which of the sizes a weight has: 32 to each power of 2.
+fn size(w: f32) -> usize {
+    (1f32.to_bits().saturating_sub(w.to_bits()) >> SIZE_BITS) as usize
+}
+
+/// The least weight of a size.
+fn smallest(size: usize) -> f32 {
+    f32::from_bits(1f32.to_bits() - ((size as u32 + 1) << SIZE_BITS) + 1)
+}
+
+/// Calls `with` the weights from `least` on, below `most`, and their places, which go up.
+fn between(w: &[f32], least: f32, most: f32, mut with: impl FnMut(usize, f32)) {
+    let is_in = |w: f32| w >= least && w < most;
+    for (some, first) in w.chunks(HEAD).zip((0..).step_by(HEAD)) {
+        // Without a branch for each: mostly there is none.
+        if some.iter().fold(false, |any, &w| any | is_in(w)) {
+            for (at, &w) in (first..).zip(some).filter(|&(_, &w)| is_in(w)) {
+                with(at, w);
+            }
+        }
     }
 }
 
-fn sum(kept: &[(u32, f32)]) -> f64 {
-    kept.iter().map(|&(_, w)| f64::from(w)).sum()
+/// The first place at which the sum of weights, places going up, exceeds `uniform` of all.
+fn pick(w: &[f32], uniform: f64) -> Option<usize> {
+    let sums: Vec<f64> = w.chunks(BLOCK).map(sum).collect();
+    let (goal, mut before) = (uniform * sums.iter().sum::<f64>(), 0.0);
+    for (block, (sum, some)) in sums.into_iter().zip(w.chunks(BLOCK)).enumerate() {
+        if before + sum > goal {
+            let at = some.iter().position(|&w| {
+                before += f64::from(w);
+                before > goal
+            });
+            // Sums are rounded: then it is the last one that is possible.
+            return at.or(some.iter().rposition(|&w| w > 0.0)).map(|at| block * BLOCK + at);
+        }
+        before += sum;
+    }
+    w.iter().rposition(|&w| w > 0.0)
+}
+
+/// In chains that do not wait for each other.
+fn sum(w: &[f32]) -> f64 {
+    let mut chains = [0.0; 8];
+    for some in w.chunks(chains.len()) {
+        chains.iter_mut().zip(some).for_each(|(sum, &w)| *sum += f64::from(w));
+    }
+    chains.iter().sum()
 }
 
 #[cfg(test)]
@@ -228,6 +279,71 @@ mod tests {
         assert_eq!((drawn(0.0), drawn(0.9999)), (0, n as u32 / 2 - 1));
         let options = Sampling { top_k: Some(2 * HEAD), ..sampling() };
         assert_eq!(options.draw(&vec![0.0; n], &[(0, f32::NEG_INFINITY)], 0.9999), Some(2 * HEAD as u32));
+    }
+
+    /// The draw in plain words.
+    fn plain(options: &Sampling, logits: &[f32], uniform: f64) -> Option<u32> {
+        let w: Vec<f32> = logits.iter().map(|x| (x / options.temperature as f32).exp()).collect();
+        let mut ranked: Vec<usize> = (0..w.len()).collect();
+        ranked.sort_by(|&a, &b| w[b].total_cmp(&w[a]).then(a.cmp(&b)));
+        let largest = f64::from(w[*ranked.first()?]);
+        let sum = |ids: &[usize]| ids.iter().map(|&id| f64::from(w[id])).sum::<f64>();
+        ranked.truncate(options.top_k.unwrap_or(w.len()));
+        let needed = options.top_p.unwrap_or(1.0) * sum(&ranked);
+        let fewest = (1..ranked.len()).find(|&n| sum(&ranked[..n]) >= needed).unwrap_or(ranked.len());
+        ranked.truncate(fewest);
+        ranked.retain(|&id| f64::from(w[id]) >= options.min_p.unwrap_or(0.0) * largest && w[id] > 0.0);
+        ranked.sort();
+        let drawn = (1..=ranked.len()).find(|&n| sum(&ranked[..n]) > uniform * sum(&ranked));
+        drawn.map(|n| ranked[n - 1] as u32)
+    }
+
+    #[test]
+    fn a_draw_is_the_plain_one_however_flat_or_steep() {
+        let mut drawn = Vec::new();
+        for (seed, spread) in [0.0, 0.01, 1.0, 8.0, 60.0, 400.0].into_iter().enumerate() {
+            let key = Key::new(seed as u64);
+            for n in [1, 7, 700, 1500] {
+                // The likeliest has the logit 0; many are equal.
+                let logits: Vec<f32> = (0..n).map(|i| -(key.below(i, 97) as f32 / 96.0) * spread).collect();
+                let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let logits: Vec<f32> = logits.iter().map(|x| x - most).collect();
+                for (i, (top_k, top_p, min_p)) in [
+                    (None, None, None),
+                    (None, Some(0.9), None),
+                    (None, Some(1e-3), None),
+                    (None, Some(1.0 - 1e-12), None),
+                    (None, None, Some(0.3)),
+                    (Some(5), Some(0.5), None),
+                    (Some(300), Some(0.99), Some(0.01)),
+                ]
+                .into_iter()
+                .enumerate()
+                {
+                    let options = Sampling { temperature: 0.7, top_k, top_p, min_p, ..sampling() };
+                    for u in 0..8 {
+                        let uniform = key.fold(n).fold(i as u64).uniform(u);
+                        let found = options.draw(&logits, &[], uniform);
+                        assert_eq!(found, plain(&options, &logits, uniform), "{n} {spread} {options:?} {uniform}");
+                        drawn.extend(found);
+                    }
+                }
+            }
+        }
+        drawn.sort();
+        drawn.dedup();
+        assert!(drawn.len() > 300, "{}", drawn.len());
+    }
+
+    #[test]
+    fn the_last_that_is_possible_is_drawn_where_sums_are_rounded() {
+        for zeros in [0, 3, BLOCK, 3 * BLOCK] {
+            let w = [vec![0.1f32; BLOCK + 5], vec![0.0; zeros]].concat();
+            for uniform in [1.0 - f64::EPSILON / 2.0, 1.0] {
+                assert_eq!(pick(&w, uniform), Some(BLOCK + 4));
+            }
+        }
+        assert_eq!((pick(&[], 0.5), pick(&[0.0; 9], 0.5), pick(&[0.0, 2.0], 0.0)), (None, None, Some(1)));
     }
 
     #[test]
