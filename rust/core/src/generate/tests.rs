@@ -599,7 +599,7 @@ fn without_scores_the_ids_are_the_same() {
 #[test]
 fn without_scores_the_logits_must_be_finite_too() {
     let mut fixture = Fixture::new(large(config()), 8);
-    let options = GenerateOptions { scores: false, ..GenerateOptions::default() };
+    let options = GenerateOptions { scores: false, max_len: fixed(20), ..GenerateOptions::default() };
     assert!(fixture.search(&SOURCES, &options).is_ok());
     // Of one token; then of all, where all are as likely, which only the whole product can tell.
     fixture.change("head.weight", |i, w| if i == 900 { f32::NAN } else { w });
@@ -609,4 +609,6 @@ fn without_scores_the_logits_must_be_finite_too() {
     fixture.change("head.bias", |_, _| 0.0);
     let found = fixture.search(&SOURCES, &options).unwrap();
     assert!(found.iter().all(|best| best[0].ids.is_empty() && best[0].finished), "of equals the lowest id, EOS");
+    let found = fixture.search(&SOURCES, &GenerateOptions { min_len: Length::Fixed(20), ..options }).unwrap();
+    assert!(found.iter().all(|best| best[0].ids == [3; 20]), "or the one behind it");
 }

@@ -85,6 +85,7 @@ fn outputs<T: Float>(
 mod tests {
     use super::super::{linear, testing};
     use super::*;
+    use crate::kernels::int8::is_fast;
     use crate::kernels::top_k::{Finite, top_k};
     use crate::tape::{Builder, Init, Pool, SHORTLIST_FROM, Stored, Tensor};
     use crate::threads::with_local_limit;
@@ -128,7 +129,7 @@ mod tests {
                     for (found, y) in found.iter().zip(tape.value(y).unwrap().chunks(O)) {
                         let mut best = vec![Entry::NONE; k];
                         top_k::<f32, Finite<f32>>(&mut best, y, &[(3, f32::NEG_INFINITY)]);
-                        assert_eq!(found.as_ref(), Some(&best));
+                        assert_eq!(found.as_ref(), Some(&best).filter(|_| is_fast()));
                     }
                     for threads in [1, 3] {
                         assert_eq!(with_local_limit(threads, || find(params, &x, weight, bias, k)).unwrap(), found);
@@ -151,6 +152,10 @@ mod tests {
         x[D] = f32::NAN;
         x[2 * D..].fill(0.0);
         let found = find(&params, &x, table, None, 2).unwrap();
+        if !is_fast() {
+            assert_eq!(found, [None, None, None]);
+            return;
+        }
         assert_eq!(found[0].as_ref().unwrap().iter().map(|entry| entry.id).collect::<Vec<_>>(), [9, 700]);
         assert!(found[1].is_none() && found[2].is_none());
         // It follows the values.

@@ -3,7 +3,7 @@
 use super::layout::{Entry, Init, Layout, ParamId, StatId, Stored};
 use crate::error::{Error, Result, Shape};
 use crate::kernels::gemm::{Bf16Rhs, Mat, PackedRhs};
-use crate::kernels::int8::{Int8Rhs, Shortlist};
+use crate::kernels::int8::{self, Int8Rhs, Shortlist};
 use crate::rng::Key;
 use crate::simd::{Buffer, Float};
 use crate::threads::{GRAIN, for_each};
@@ -249,7 +249,7 @@ impl<T: Float> Params<T> {
     /// all, or says nothing. It is made once for each version of the values.
     pub fn shortlist(&self, id: ParamId, bias: Option<ParamId>) -> Result<Option<Arc<Shortlist<T>>>> {
         let &[outputs, depth] = &self.layout.entry(id).shape[..] else { return Ok(None) };
-        if self.int8(id).is_some() || outputs * depth < SHORTLIST_FROM {
+        if !int8::is_fast() || self.int8(id).is_some() || outputs * depth < SHORTLIST_FROM {
             return Ok(None);
         }
         let mut shortlists = self.shortlists.lock().unwrap_or_else(PoisonError::into_inner);

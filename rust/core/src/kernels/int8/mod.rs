@@ -53,6 +53,11 @@ const LINE: usize = 64;
 /// Fewer rows than this take as long: the weights have to come from memory.
 const LEAST_ROWS: usize = 8;
 
+/// Whether bytes are multiplied faster than floats: plain Rust takes twice as long.
+pub fn is_fast() -> bool {
+    Bytes::best() != Bytes::Portable
+}
+
 /// y (R, ΣO) = epilogue(x Wᵀ), with x (R, K) brought to int8 row by row: the results of several weights side by side.
 pub fn product<T: Float, E: Epilogue<T>>(y: &mut [T], x: &[T], weights: &[Arc<Int8Rhs>], epilogue: &E) -> Result<()> {
     let w = Group::of(weights)?;
