@@ -17,7 +17,8 @@ sentences at beam 4 (or the largest of those that were measured).
 With a draft, ours asks its own `quantize("int8")` for guesses and checks them; what it says is the same.
 
 The bound is the least time on this machine, a token at a time, for what has to be read (each step the decoder's weights and the head once) or multiplied, whichever is more;
-int8 multiplies four times as much as f32, which is what VNNI does; AMX does more.
+int8 multiplies four times as much as f32, which is what VNNI does; AMX does more. Greedy, ours reads the head in int8, and in its own numbers for the few tokens that may
+be the likeliest; so it may pass the bound, as it may with a draft.
 """
 
 from __future__ import annotations
