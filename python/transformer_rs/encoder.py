@@ -142,9 +142,10 @@ class EncoderModel(Layer):
         return self._core.precision()
 
     def quantize(self: M, precision: Literal["int8"] = "int8") -> M:
-        """Make a model whose linear maps, all but the head, multiply in int8; this one stays as it is.
+        """Make a model whose matrices are int8 and whose linear maps multiply in it; this one stays as it is.
 
-        What happens to the numbers is said at :meth:`Transformer.quantize`.
+        What happens to the numbers is said at :meth:`Transformer.quantize`. A head, token types and learned positions stay
+        f32: they are small, and decide much.
 
         Args:
             precision: ``"int8"``.

@@ -106,14 +106,14 @@ class Transformer(Generation):
         return self._core.precision()
 
     def quantize(self, precision: Literal["int8"] = "int8") -> "Transformer":
-        """Make a model whose linear maps multiply in int8; this one stays as it is.
+        """Make a model whose matrices are int8 and whose linear maps multiply in it; this one stays as it is.
 
         Weights become int8 with a scale for each output, the nearest of 255 values up to its largest magnitude
         (symmetric, per channel); inputs are brought to int8 when they come, with a scale for each row, so that nothing
         needs calibration (Dettmers et al. 2022 call it vector-wise). Sums are exact, on every CPU, and a sequence's bits
-        do not depend on what else is in the batch. The output projection is one of the linear maps, unless it is tied to an
-        embedding. Embeddings, norms, and attention over keys and values stay f32. The weights of linear maps take a quarter
-        of the memory, in files too. The result is not trained.
+        do not depend on what else is in the batch. The output projection is one of the linear maps. Embeddings become int8
+        with a scale for each token. Learned positions, norms, and attention over keys and values stay f32. The model takes
+        a quarter of the memory, in files too. The result is not trained.
 
         Args:
             precision: ``"int8"``.
@@ -350,7 +350,7 @@ class Transformer(Generation):
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Give a copy of every parameter and statistic by name: f32, which holds what bf16 does. After :meth:`quantize` the
-        weights of linear maps are int8, with their scales as ``..._scale``.
+        matrices are int8, with their scales as ``..._scale``.
 
         >>> import transformer_rs as tr
         >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, d_ff=32)

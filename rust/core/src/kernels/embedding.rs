@@ -1,7 +1,6 @@
 //! Rows of a table, and the sums of gradients that go back into them.
 
 use super::elementwise::{multiple_of_row, scale_row};
-use super::gemm::Bf16Rhs;
 use super::lanes::map;
 use super::{Beta, task_len};
 use crate::error::Result;
@@ -22,10 +21,10 @@ pub fn embedding_forward<T: Float>(y: &mut [T], table: &[T], ids: &[u32], cols: 
     })
 }
 
-/// The same with a table that is kept in bf16.
-pub fn embedding_forward_bf16<T: Float>(
+/// The same with a table that is not kept in numbers of T: `row` gives one of its rows.
+pub fn embedding_forward_from<T: Float>(
     y: &mut [T],
-    table: &Bf16Rhs<T>,
+    row: impl Fn(usize, &mut [T]) + Sync,
     ids: &[u32],
     cols: usize,
     scale: f64,
@@ -33,7 +32,7 @@ pub fn embedding_forward_bf16<T: Float>(
     let scale = T::from_f64(scale);
     for_each(y.chunks_mut(task_len(cols)).zip(ids.chunks(rows_per_task(cols))), |(y, ids)| {
         for (y, &id) in y.chunks_mut(cols).zip(ids) {
-            table.row(id as usize, y);
+            row(id as usize, y);
             scale_row(y, scale);
         }
     })

@@ -199,14 +199,15 @@ impl Encoder {
         &self.layout
     }
 
-    /// The layout with matrices in this form, for [`Params::convert`]. In int8 these are the weights of all linear maps but the
-    /// head.
+    /// The layout with matrices in this form, for [`Params::convert`]. In int8 what is small and adds to every sequence stays in
+    /// f32: the head, token types and learned positions.
     pub fn layout_in(&self, stored: Stored) -> Arc<Layout> {
-        let head: Vec<_> = self.head.iter().map(Linear::weight).collect();
+        let small = (self.head.iter().map(Linear::weight)).chain(self.token_types.iter().map(|table| table.weight));
+        let small: Vec<_> = small.chain(self.positions.weight()).collect();
         match stored {
             Stored::F32 => self.layout.clone(),
             Stored::Bf16 => Arc::new(self.layout.stored_in(stored, &[])),
-            Stored::Int8 => Arc::new(self.layout.stored_in(stored, &head)),
+            Stored::Int8 => Arc::new(self.layout.stored_in(stored, &small)),
         }
     }
 

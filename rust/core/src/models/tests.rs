@@ -20,6 +20,13 @@ fn tiny() -> TransformerConfig {
     }
 }
 
+fn tied_and_learned() -> [TransformerConfig; 2] {
+    [
+        TransformerConfig { tie_embeddings: Some(Tie::Target), activation: FeedForwardActivation::Swiglu, ..tiny() },
+        TransformerConfig { positions: PositionKind::Learned, max_positions: Some(6), ..tiny() },
+    ]
+}
+
 fn batch() -> Batch {
     let src: [&[u32]; 3] = [&[3, 4, 5, 10], &[7], &[9, 8, 3]];
     let tgt: [&[u32]; 3] = [&[12, 3], &[4, 5, 6, 7], &[]];
@@ -195,8 +202,8 @@ fn cached_decoding_has_the_bits_of_the_whole() {
 }
 
 #[test]
-fn int8_stays_near_f32_with_embeddings_as_they_were_and_is_not_trained() {
-    for config in norms() {
+fn int8_stays_near_f32_with_positions_as_they_were_and_is_not_trained() {
+    for config in norms().into_iter().chain(tied_and_learned()) {
         let model = Transformer::new(config).unwrap();
         let [params, int8] = both(&model);
         let [exact, near] = [&params, &int8].map(|params| logits(&model, params, &batch(), evaluation()).concat());
@@ -205,9 +212,9 @@ fn int8_stays_near_f32_with_embeddings_as_they_were_and_is_not_trained() {
         assert!(off > 0.0 && off < 0.03 * largest, "{off} of {largest}");
         for id in params.layout().ids() {
             let entry = params.layout().entry(id);
-            let linear = entry.shape.len() == 2 && !entry.name.contains("embedding");
-            assert_eq!(int8.int8(id).is_some(), linear, "{}", entry.name);
-            assert!(linear || int8.get(id) == params.get(id));
+            let turns = entry.shape.len() == 2 && !entry.name.contains("positions");
+            assert_eq!(int8.int8(id).is_some(), turns, "{}", entry.name);
+            assert!(turns || int8.get(id) == params.get(id));
         }
 
         let mut tape = Tape::recording(Pool::default());
@@ -220,10 +227,7 @@ fn int8_stays_near_f32_with_embeddings_as_they_were_and_is_not_trained() {
 
 #[test]
 fn bf16_is_f32_with_rounded_matrices_bit_for_bit_and_is_not_trained() {
-    let tied =
-        TransformerConfig { tie_embeddings: Some(Tie::Target), activation: FeedForwardActivation::Swiglu, ..tiny() };
-    let learned = TransformerConfig { positions: PositionKind::Learned, max_positions: Some(6), ..tiny() };
-    for config in norms().into_iter().chain([tied, learned]) {
+    for config in norms().into_iter().chain(tied_and_learned()) {
         let model = Transformer::new(config).unwrap();
         let params = params(&model);
         let bf16 = params.convert(model.layout_in(Stored::Bf16)).unwrap();

@@ -230,12 +230,14 @@ impl Transformer {
         })
     }
 
-    /// The layout with matrices in this form, for [`Params::convert`]. In int8 these are the weights of all linear maps; a head
-    /// that is an embedding too stays as it is.
+    /// The layout with matrices in this form, for [`Params::convert`]. In int8 learned positions, which are few, stay in f32.
     pub fn layout_in(&self, stored: Stored) -> Arc<Layout> {
+        let positions: Vec<_> =
+            [&self.source, &self.target].iter().filter_map(|side| side.positions.weight()).collect();
         match stored {
             Stored::F32 => self.layout.clone(),
-            _ => Arc::new(self.layout.stored_in(stored, &[])),
+            Stored::Bf16 => Arc::new(self.layout.stored_in(stored, &[])),
+            Stored::Int8 => Arc::new(self.layout.stored_in(stored, &positions)),
         }
     }
 

@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::ops;
 use crate::rows::Rows;
 use crate::simd::Float;
-use crate::tape::{Builder, Params, Tape, Var};
+use crate::tape::{Builder, ParamId, Params, Tape, Var};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Adds positions to embeddings.
@@ -35,6 +35,14 @@ impl Positions {
     pub fn learned(b: &mut Builder, name: &str, max_positions: usize, d_model: usize) -> Self {
         let std = (d_model as f64).sqrt().recip();
         Positions::Learned { table: Embedding::new(b, name, max_positions, d_model, 1.0, std), max_positions }
+    }
+
+    /// The table, if it is learned.
+    pub fn weight(&self) -> Option<ParamId> {
+        match self {
+            Positions::Learned { table, .. } => Some(table.weight),
+            Positions::None | Positions::Sinusoidal(_) => None,
+        }
     }
 
     /// x (R, D) + positions of `rows`

@@ -2,7 +2,7 @@
 
 use super::linear::refuse_gradients;
 use crate::error::{Result, Shape};
-use crate::kernels::embedding::{embedding_backward, embedding_forward, embedding_forward_bf16, rows_by_id};
+use crate::kernels::embedding::{embedding_backward, embedding_forward, embedding_forward_from, rows_by_id};
 use crate::profile::{self, Work};
 use crate::simd::Float;
 use crate::tape::{Backward, Operation, ParamId, Params, Stored, Tape, Tensor, Var};
@@ -31,9 +31,9 @@ pub fn embedding<T: Float>(
     let wanted = tape.wants(params, &[], &[table]);
     let _timed = profile::forward("embedding", [vocabulary, cols], || Work::passes::<T>(2, ids.len(), cols));
     let mut y = tape.pool.tensor(ids.len(), cols)?;
-    match params.bf16(table) {
-        Some(table) => embedding_forward_bf16(&mut y, table, ids, cols, scale)?,
-        None => embedding_forward(&mut y, params.get(table), ids, cols, scale)?,
+    match params.layout().entry(table).stored {
+        Stored::F32 => embedding_forward(&mut y, params.get(table), ids, cols, scale)?,
+        _ => embedding_forward_from(&mut y, |id, row| params.row(table, id, row), ids, cols, scale)?,
     }
     let y = tape.push(y, wanted);
     if wanted {
@@ -122,6 +122,24 @@ mod tests {
         assert!(rows(&bf16) == rows(&rounded) && rows(&rounded) != rows(&params));
         let error = embedding(&mut Tape::recording(Pool::default()), &bf16, ids[0], &[3], 1.0).unwrap_err();
         assert!(matches!(&error, Error::Unsupported(text) if text.contains("embedding: weights in bf16")), "{error}");
+    }
+
+    #[test]
+    fn rows_of_a_table_in_int8_are_its_bytes_times_their_scales() {
+        let (params, ids) = testing::params::<f32>(&[&[70, 21]]);
+        let int8 = params.convert(Arc::new(params.layout().stored_in(Stored::Int8, &[]))).unwrap();
+        let table = int8.int8(ids[0]).unwrap();
+        let (values, scales) = (table.values(), table.scales());
+        let tokens: Vec<u32> = (0..2000).map(|i| i * 31 % 70).collect();
+        let mut tape = Tape::evaluation(Pool::default());
+        let y = embedding(&mut tape, &int8, ids[0], &tokens, 1.7).unwrap();
+        for (y, &id) in tape.value(y).unwrap().chunks(21).zip(&tokens) {
+            let bytes = &values[id as usize * 21..][..21];
+            let number = |&q: &i8| f32::from(q) * scales[id as usize] * 1.7;
+            assert!(y.iter().copied().eq(bytes.iter().map(number)));
+        }
+        let error = embedding(&mut Tape::recording(Pool::default()), &int8, ids[0], &[3], 1.0).unwrap_err();
+        assert!(matches!(&error, Error::Unsupported(text) if text.contains("embedding: weights in int8")), "{error}");
     }
 
     #[test]

@@ -28,7 +28,7 @@ pub enum Stored {
     F32,
     /// All of them rounded to bf16; products widen them and are those of f32.
     Bf16,
-    /// Those of linear maps in int8, with a scale for each output.
+    /// All of them but those that a model leaves out in int8, with a scale for each row.
     Int8,
 }
 
@@ -73,7 +73,7 @@ pub struct Entry {
     pub stored: Stored,
     /// Its elements in the arena; none where it is kept in another form.
     pub range: Range<usize>,
-    /// Where it is kept in int8: the checkpoint key of its scales, one for each output.
+    /// Where it is kept in int8: the checkpoint key of its scales, one for each row.
     pub scale: Option<String>,
     pub(super) init: Init,
 }
@@ -196,12 +196,7 @@ impl Layout {
         for (id, entry) in self.ids().zip(&self.params) {
             let start = if entry.range.start == old_end { end } else { end.next_multiple_of(16) };
             old_end = entry.range.end;
-            let turns = match stored {
-                Stored::F32 => false,
-                Stored::Bf16 => entry.shape.len() == 2,
-                Stored::Int8 => entry.init == Init::Xavier,
-            };
-            let own = if turns && !except.contains(&id) { stored } else { Stored::F32 };
+            let own = if entry.shape.len() == 2 && !except.contains(&id) { stored } else { Stored::F32 };
             end = start + if own == Stored::F32 { entry.range.len() } else { 0 };
             let scale = (own == Stored::Int8).then(|| format!("{}_scale", entry.name));
             params.push(Entry { stored: own, range: start..end, scale, ..entry.clone() });

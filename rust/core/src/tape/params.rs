@@ -22,16 +22,27 @@ pub struct Params<T> {
     packed: Mutex<Packed<T>>,
     /// Matrices that are kept in another form than f32.
     compact: HashMap<ParamId, Compact<T>>,
-    packed_bf16: Mutex<HashMap<ParamId, Arc<Bf16Rhs<T>>>>,
+    /// The tables among them that products read.
+    packed_tables: Mutex<HashMap<ParamId, Compact<T>>>,
     shortlists: Mutex<Shortlists<T>>,
 }
 
-/// A matrix in another form than f32.
-#[derive(Debug)]
+/// A matrix in another form than f32: weights of linear maps as products read them, others as tables. A table that is a weight
+/// too is packed besides.
+#[derive(Clone, Debug)]
 enum Compact<T> {
-    /// Weights of linear maps as products read them, others as tables; a table that is a weight too is packed besides.
     Bf16(Arc<Bf16Rhs<T>>),
     Int8(Arc<Int8Rhs>),
+}
+
+impl<T: Float> Compact<T> {
+    /// Whether it is made for looking up rows.
+    fn is_table(&self) -> bool {
+        match self {
+            Compact::Bf16(w) => w.is_table(),
+            Compact::Int8(w) => w.is_table(),
+        }
+    }
 }
 
 /// A weight in another form than f32, or each of a group of them, as products read it.
@@ -76,7 +87,7 @@ impl<T: Float> Params<T> {
     pub fn zeros(layout: Arc<Layout>) -> Result<Self> {
         let (data, stats) = (Buffer::zeroed(layout.len())?, Buffer::zeroed(layout.stats_len())?);
         let trainable = vec![true; layout.params.len()];
-        let (packed, packed_bf16, shortlists) = Default::default();
+        let (packed, packed_tables, shortlists) = Default::default();
         let mut compact = HashMap::new();
         for id in layout.ids() {
             let Entry { shape, stored, init, .. } = layout.entry(id);
@@ -84,11 +95,12 @@ impl<T: Float> Params<T> {
                 Stored::F32 => continue,
                 Stored::Bf16 if *init == Init::Xavier => Compact::Bf16(Bf16Rhs::zeros(shape[0], shape[1])?.into()),
                 Stored::Bf16 => Compact::Bf16(Bf16Rhs::table(shape[0], shape[1])?.into()),
-                Stored::Int8 => Compact::Int8(Int8Rhs::zeros(shape[0], shape[1])?.into()),
+                Stored::Int8 if *init == Init::Xavier => Compact::Int8(Int8Rhs::zeros(shape[0], shape[1])?.into()),
+                Stored::Int8 => Compact::Int8(Int8Rhs::table(shape[0], shape[1])?.into()),
             };
             compact.insert(id, zeros);
         }
-        Ok(Params { layout, data, stats, trainable, version: 0, packed, compact, packed_bf16, shortlists })
+        Ok(Params { layout, data, stats, trainable, version: 0, packed, compact, packed_tables, shortlists })
     }
 
     /// The same parameters as numbers of another type, for gradient checks. Matrices must be f32.
@@ -107,7 +119,7 @@ impl<T: Float> Params<T> {
             version: self.version,
             packed: Mutex::default(),
             compact: HashMap::new(),
-            packed_bf16: Mutex::default(),
+            packed_tables: Mutex::default(),
             shortlists: Mutex::default(),
         })
     }
@@ -167,22 +179,18 @@ impl<T: Float> Params<T> {
         let mut new = Self::zeros(layout)?;
         new.stats.copy_from_slice(&self.stats);
         for id in self.layout.ids() {
-            let entry = self.layout.entry(id);
             match (new.compact.get_mut(&id), self.bf16(id)) {
                 (Some(Compact::Bf16(w)), None) => own(w)?.set(self.get(id))?,
                 (Some(Compact::Bf16(w)), Some(old)) => *w = Arc::new(old.copy()?),
                 (None, Some(old)) => old.values(&mut new.data[new.layout.entry(id).range.clone()])?,
                 (None, None) => new.data[new.layout.entry(id).range.clone()].copy_from_slice(self.get(id)),
-                (Some(Compact::Int8(w)), _) => {
-                    let new = Int8Rhs::quantize(self.get(id), entry.shape[0], entry.shape[1]);
-                    *w = Arc::new(new.map_err(|error| match error {
-                        Error::NonFinite(_) => Error::NonFinite(format!(
-                            "quantize: parameter `{}` has numbers that are not finite; load weights that are",
-                            entry.name
-                        )),
-                        other => other,
-                    })?);
-                }
+                (Some(Compact::Int8(w)), _) => own(w)?.round(self.get(id)).map_err(|error| match error {
+                    Error::NonFinite(_) => Error::NonFinite(format!(
+                        "quantize: parameter `{}` has numbers that are not finite; load weights that are",
+                        self.layout.entry(id).name
+                    )),
+                    other => other,
+                })?,
             }
         }
         Ok(new)
@@ -201,23 +209,7 @@ impl<T: Float> Params<T> {
         }
     }
 
-    /// A matrix that is kept in bf16, for products.
-    fn bf16_rhs(&self, id: ParamId) -> Result<Arc<Bf16Rhs<T>>> {
-        let w = match self.compact.get(&id) {
-            Some(Compact::Bf16(w)) if w.is_table() => w,
-            Some(Compact::Bf16(w)) => return Ok(w.clone()),
-            _ => bail!(Internal, "a group of weights is kept in several forms"),
-        };
-        let mut packed = self.packed_bf16.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(found) = packed.get(&id) {
-            return Ok(found.clone());
-        }
-        let new = Arc::new(w.packed()?);
-        packed.insert(id, new.clone());
-        Ok(new)
-    }
-
-    /// A weight that is kept in int8.
+    /// A matrix that is kept in int8.
     pub fn int8(&self, id: ParamId) -> Option<&Int8Rhs> {
         match self.compact.get(&id) {
             Some(Compact::Int8(w)) => Some(w),
@@ -225,27 +217,47 @@ impl<T: Float> Params<T> {
         }
     }
 
-    /// A weight that is kept in int8, for somebody who is about to change it.
+    /// The same, for somebody who is about to change it.
     pub fn int8_mut(&mut self, id: ParamId) -> Result<&mut Int8Rhs> {
         self.touch();
         match self.compact.get_mut(&id) {
             Some(Compact::Int8(w)) => own(w),
-            _ => bail!(Internal, "a weight that is not kept in int8"),
+            _ => bail!(Internal, "a matrix that is not kept in int8"),
         }
     }
 
     /// A weight, or a group of them, for products, where it is kept in another form than f32. A table is packed once for each
     /// version of the values.
     pub fn compact(&self, ids: &[ParamId]) -> Result<Option<CompactRhs<T>>> {
-        let Some(first) = ids.first().filter(|first| self.compact.contains_key(first)) else { return Ok(None) };
-        if self.bf16(*first).is_some() {
-            return Ok(Some(CompactRhs::Bf16(ids.iter().map(|&id| self.bf16_rhs(id)).collect::<Result<_>>()?)));
+        let (mut bf16, mut int8) = (Vec::new(), Vec::new());
+        for &id in ids {
+            match self.packed_compact(id)? {
+                Some(Compact::Bf16(w)) => bf16.push(w),
+                Some(Compact::Int8(w)) => int8.push(w),
+                None => {}
+            }
         }
-        let weights = ids.iter().map(|id| match self.compact.get(id) {
-            Some(Compact::Int8(w)) => Ok(w.clone()),
+        match (bf16.len(), int8.len()) {
+            (0, 0) => Ok(None),
+            (n, 0) if n == ids.len() => Ok(Some(CompactRhs::Bf16(bf16))),
+            (0, n) if n == ids.len() => Ok(Some(CompactRhs::Int8(int8))),
             _ => bail!(Internal, "a group of weights is kept in several forms"),
-        });
-        Ok(Some(CompactRhs::Int8(weights.collect::<Result<_>>()?)))
+        }
+    }
+
+    /// A matrix that is kept in another form than f32, for products.
+    fn packed_compact(&self, id: ParamId) -> Result<Option<Compact<T>>> {
+        let Some(w) = self.compact.get(&id).filter(|w| w.is_table()) else { return Ok(self.compact.get(&id).cloned()) };
+        let mut packed = self.packed_tables.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = packed.get(&id) {
+            return Ok(Some(found.clone()));
+        }
+        let new = match w {
+            Compact::Bf16(w) => Compact::Bf16(w.packed()?.into()),
+            Compact::Int8(w) => Compact::Int8(w.packed()?.into()),
+        };
+        packed.insert(id, new.clone());
+        Ok(Some(new))
     }
 
     /// What says which outputs of a weight, and of its bias, may be the largest; `None` where that would be no faster than to compute
@@ -273,10 +285,11 @@ impl<T: Float> Params<T> {
         Ok(new)
     }
 
-    /// A row of a matrix that is kept in f32 or bf16.
+    /// A row of a matrix, whatever it is kept in.
     pub fn row(&self, id: ParamId, row: usize, to: &mut [T]) {
-        match self.bf16(id) {
-            Some(w) => w.row(row, to),
+        match self.compact.get(&id) {
+            Some(Compact::Bf16(w)) => w.row(row, to),
+            Some(Compact::Int8(w)) => w.numbers(row, to),
             None => to.copy_from_slice(&self.get(id)[row * to.len()..][..to.len()]),
         }
     }
@@ -284,7 +297,7 @@ impl<T: Float> Params<T> {
     /// The values change.
     fn touch(&mut self) {
         self.version += 1;
-        self.packed_bf16.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+        self.packed_tables.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
         self.packed.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
         self.shortlists.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
     }
@@ -454,7 +467,7 @@ mod tests {
     }
 
     #[test]
-    fn in_bf16_a_table_is_packed_for_products_and_follows_its_values() {
+    fn a_table_is_packed_for_products_and_follows_its_values() {
         let mut b = Builder::new();
         let id = b.param("embedding.weight", &[70, 5], Init::Normal { std: 1.0 });
         let params = Params::<f32>::init(Arc::new(b.finish()), 3).unwrap();
@@ -468,6 +481,17 @@ mod tests {
         assert!(Arc::ptr_eq(&before, &packed(&bf16)) && before.bits(69).eq(bf16.bf16(id).unwrap().bits(69)));
         bf16.set(id, &[2.0; 350]).unwrap();
         assert!(packed(&bf16).bits(69).eq([0x4000; 5]));
+
+        let mut int8 = params.convert(Arc::new(params.layout().stored_in(Stored::Int8, &[]))).unwrap();
+        let packed = |params: &Params<f32>| match params.compact(&[id]) {
+            Ok(Some(CompactRhs::Int8(packed))) => packed[0].clone(),
+            other => panic!("{other:?}"),
+        };
+        let (table, before) = (int8.int8(id).unwrap(), packed(&int8));
+        assert!(table.is_table() && !before.is_table() && Arc::ptr_eq(&before, &packed(&int8)));
+        assert!(before.values() == table.values() && before.scales() == table.scales());
+        int8.int8_mut(id).unwrap().set(&[2; 350]).unwrap();
+        assert_eq!(packed(&int8).values(), [2; 350]);
     }
 
     #[test]

@@ -60,6 +60,7 @@ pub fn is_fast() -> bool {
 
 /// y (R, ΣO) = epilogue(x Wᵀ), with x (R, K) brought to int8 row by row: the results of several weights side by side.
 pub fn product<T: Float, E: Epilogue<T>>(y: &mut [T], x: &[T], weights: &[Arc<Int8Rhs>], epilogue: &E) -> Result<()> {
+    ensure!(!weights.iter().any(|w| w.is_table()), Internal, "int8: a table was not packed for a product");
     let w = Group::of(weights)?;
     let (depth, outputs) = (w.depth, w.outputs);
     let rows = y.len().checked_div(outputs).unwrap_or(0);

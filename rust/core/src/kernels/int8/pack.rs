@@ -7,10 +7,13 @@ use crate::simd::{Buffer, Float};
 use crate::{bail, ensure, threads};
 use std::ops::Range;
 
-/// A weight (O, K) in int8, for each row a scale: for each panel of outputs, for each four of the depth, the bytes of all outputs.
+/// A matrix (O, K) in int8, for each row a scale. For products: for each panel of outputs, for each four of the depth, the bytes
+/// of all outputs.
 #[derive(Debug)]
 pub struct Int8Rhs {
     pub(super) bytes: Bytes,
+    /// Row after row instead.
+    is_table: bool,
     /// Bytes, in memory for f32.
     panels: Buffer<f32>,
     /// Bytes of one of them.
@@ -22,9 +25,27 @@ pub struct Int8Rhs {
 }
 
 impl Int8Rhs {
-    /// Zeros, for values that come from elsewhere.
+    /// Zeros in the order in which products read them, for values that come from elsewhere.
     pub fn zeros(outputs: usize, depth: usize) -> Result<Self> {
         Self::by(Bytes::best(), outputs, depth)
+    }
+
+    /// The same, row after row, for a table whose rows are looked up; products take [`Int8Rhs::packed`] of it.
+    pub fn table(outputs: usize, depth: usize) -> Result<Self> {
+        Ok(Int8Rhs { is_table: true, ..Self::zeros(outputs, depth)? })
+    }
+
+    /// Whether it is made for looking up rows.
+    pub fn is_table(&self) -> bool {
+        self.is_table
+    }
+
+    /// A copy for products.
+    pub fn packed(&self) -> Result<Self> {
+        let mut new = Self::zeros(self.outputs, self.depth)?;
+        new.scales.copy_from_slice(&self.scales);
+        new.fill(|output| self.row(output))?;
+        Ok(new)
     }
 
     pub(super) fn by(bytes: Bytes, outputs: usize, depth: usize) -> Result<Self> {
@@ -32,43 +53,75 @@ impl Int8Rhs {
         let (count, panel_len) = (outputs.div_ceil(PANEL), bytes.depth(depth) * PANEL);
         let mut panels = Buffer::zeroed(count * panel_len / 4)?;
         bytes_of_mut(&mut panels).fill(bytes.offset());
-        Ok(Int8Rhs { bytes, panels, panel_len, scales: vec![0.0; count * PANEL], outputs, depth })
+        Ok(Int8Rhs { bytes, is_table: false, panels, panel_len, scales: vec![0.0; count * PANEL], outputs, depth })
     }
 
     /// The nearest bytes of a weight (O, K), by the largest magnitude of each row.
     pub fn quantize<T: Float>(w: &[T], outputs: usize, depth: usize) -> Result<Self> {
         let mut new = Self::zeros(outputs, depth)?;
+        new.round(w)?;
+        Ok(new)
+    }
+
+    /// Takes the nearest bytes of the numbers (O, K), by the largest magnitude of each row.
+    pub fn round<T: Float>(&mut self, w: &[T]) -> Result<()> {
+        let (outputs, depth) = (self.outputs, self.depth);
         let (mut values, mut sums) = (Vec::new(), vec![0; outputs]);
         if values.try_reserve_exact(outputs * depth).is_err() {
             bail!(OutOfMemory, "int8: cannot allocate {outputs} x {depth} bytes for a weight");
         }
         values.resize(outputs * depth, 0);
-        quantize_rows(&mut values, &mut new.scales[..outputs], &mut sums, w, depth, depth, threads::num_threads())?;
-        if let Some(o) = new.scales.iter().position(|scale| scale.is_nan()) {
+        quantize_rows(&mut values, self.scales_mut(), &mut sums, w, depth, depth, threads::num_threads())?;
+        if let Some(o) = self.scales.iter().position(|scale| scale.is_nan()) {
             bail!(NonFinite, "int8: row {o} of a weight has numbers that are not finite");
         }
-        new.set(&values)?;
-        Ok(new)
+        self.set(&values)
     }
 
     /// Takes the bytes (O, K), none of them −128.
     pub fn set(&mut self, values: &[i8]) -> Result<()> {
         debug_assert_eq!(values.len(), self.outputs * self.depth);
-        let (offset, depth) = (self.bytes.offset(), self.depth.max(1));
-        let panels = bytes_of_mut(&mut self.panels).chunks_mut(self.panel_len.max(1)).zip(values.chunks(PANEL * depth));
-        threads::for_each(panels, |(panel, rows)| {
-            for (o, row) in rows.chunks(depth).enumerate() {
-                for (k, &w) in row.iter().enumerate() {
-                    panel[place(o, k)] = w.cast_unsigned().wrapping_add(offset);
-                }
+        let depth = self.depth;
+        self.fill(|output| values[output * depth..][..depth].iter().copied())
+    }
+
+    /// Takes the bytes that `row` gives for each output.
+    fn fill<I: Iterator<Item = i8>>(&mut self, row: impl Fn(usize) -> I + Sync) -> Result<()> {
+        let (offset, outputs, (between, apart)) = (self.bytes.offset(), self.outputs, self.strides());
+        let panels = bytes_of_mut(&mut self.panels).chunks_mut(self.panel_len.max(1));
+        threads::for_each(panels.enumerate(), |(i, panel)| {
+            for output in i * PANEL..outputs.min((i + 1) * PANEL) {
+                let steps = panel[output % PANEL * between..].chunks_mut(apart);
+                let places = steps.flat_map(|step| step.iter_mut().take(STEP));
+                places.zip(row(output)).for_each(|(place, byte)| *place = byte.cast_unsigned().wrapping_add(offset));
             }
         })
     }
 
     /// The bytes of one output, (K,).
     pub fn row(&self, output: usize) -> impl Iterator<Item = i8> + '_ {
-        let panel = self.panel(output / PANEL..output / PANEL + 1);
-        (0..self.depth).map(move |k| panel[place(output % PANEL, k)].wrapping_sub(self.bytes.offset()).cast_signed())
+        let (offset, (between, apart)) = (self.bytes.offset(), self.strides());
+        let steps = self.panel(output / PANEL..output / PANEL + 1)[output % PANEL * between..].chunks(apart);
+        let bytes = steps.flat_map(|step| step.iter().take(STEP)).take(self.depth);
+        bytes.map(move |byte| byte.wrapping_sub(offset).cast_signed())
+    }
+
+    /// The numbers that the bytes of one output stand for, (K,).
+    pub fn numbers<T: Float>(&self, output: usize, to: &mut [T]) {
+        debug_assert_eq!(to.len(), self.depth);
+        let (offset, scale) = (self.bytes.offset(), T::from_f64(f64::from(self.scales[output])));
+        let number = |byte: i8| T::from_f64(f64::from(byte)) * scale;
+        if self.is_table {
+            let row = &bytes_of(&self.panels)[output * self.panel_len / PANEL..];
+            to.iter_mut().zip(row).for_each(|(to, byte)| *to = number(byte.wrapping_sub(offset).cast_signed()));
+        } else {
+            to.iter_mut().zip(self.row(output)).for_each(|(to, byte)| *to = number(byte));
+        }
+    }
+
+    /// From one output of a panel to the next, and from one step along the depth of an output to the next.
+    fn strides(&self) -> (usize, usize) {
+        if self.is_table { (self.panel_len / PANEL, STEP) } else { (STEP, STEP * PANEL) }
     }
 
     /// All bytes, (O, K).
@@ -100,11 +153,6 @@ impl Int8Rhs {
         let len = self.panel_len;
         &bytes_of(&self.panels)[range.start * len..range.end * len]
     }
-}
-
-/// Where in a panel the byte of an output at a place of the depth is.
-fn place(output: usize, k: usize) -> usize {
-    k / STEP * STEP * PANEL + output * STEP + k % STEP
 }
 
 fn bytes_of(numbers: &[f32]) -> &[u8] {

@@ -47,6 +47,13 @@ fn every_path_gives_the_integers_of_the_reference() {
         for bytes in Bytes::all() {
             let w = packed(bytes, &w, depth);
             assert!(w[0].values() == values && w[0].scales() == scales);
+            let mut last = vec![f32::NAN; depth];
+            w[0].numbers(outputs - 1, &mut last);
+            assert!(
+                last.iter()
+                    .zip(&values[(outputs - 1) * depth..])
+                    .all(|(x, &q)| *x == f32::from(q) * scales[outputs - 1])
+            );
             let mut y = vec![f32::NAN; rows * outputs];
             product(&mut y, &x, &w, &NoEpilogue).unwrap();
             assert!(y == expected, "{bytes:?}: {rows} x {depth} x {outputs}");
@@ -163,6 +170,8 @@ fn weights_that_stand_side_by_side_are_those_alone() {
 #[test]
 fn what_does_not_fit_is_said_and_no_rows_are_fine() {
     let packed = [Arc::new(Int8Rhs::quantize(&[1.0f32; 6], 2, 3).unwrap())];
+    let table = [Arc::new(Int8Rhs::table(2, 3).unwrap())];
+    assert!(product(&mut [0.0f32; 2], &[1.0; 3], &table, &NoEpilogue).is_err());
     let other = Arc::new(Int8Rhs::quantize(&[1.0f32; 8], 2, 4).unwrap());
     assert!(product::<f32, _>(&mut [0.0; 4], &[0.0; 3], &[packed[0].clone(), other], &NoEpilogue).is_err());
     assert!(product::<f32, _>(&mut [0.0; 4], &[0.0; 5], &packed, &NoEpilogue).is_err());
