@@ -4,7 +4,7 @@
     python -m benches steps attention       # these sections alone; the others keep what was measured before
     python -m benches steps --only tiny --turns 16 --dry
 
-`avx2` runs only where it is named. A section whose rival is not installed is skipped; `decoding` and `embedding` take some minutes more.
+`avx2` and `finetune` run only where they are named. A section whose rival is not installed is skipped; `decoding` and `embedding` take some minutes more.
 A section is a module of this folder with a `SECTION`; what it writes goes between `<!-- name: begin -->` and `<!-- name: end -->`.
 """
 
@@ -25,6 +25,7 @@ import transformer_rs._core as core
 from benches import (
     attention,
     avx2,
+    finetune,
     kernels,
     overhead,
     ragged,
@@ -48,6 +49,7 @@ MODULES = (
     attention,
     overhead,
     kernels,
+    finetune,
     workers,
     vs_ctranslate2,
     vs_onnxruntime,
@@ -119,7 +121,9 @@ def write(section: Section, record: dict[str, Any]) -> None:
 def main() -> None:
     known = [section.name for section in SECTIONS]
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(known)}; default: all but avx2")
+    parser.add_argument(
+        "sections", nargs="*", metavar="SECTION", help=f"of {', '.join(known)}; default: all but avx2 and finetune"
+    )
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="measure these shapes alone; writes nothing"
     )

@@ -1,6 +1,8 @@
 """Steps, gradients, optimisers: what training does to the weights."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -329,6 +331,40 @@ class TestUpdate:
         for name, array in layer.state_dict().items():
             expected = adamw(before[name].astype(np.float64), [g[name].astype(np.float64) for g in gradients])
             np.testing.assert_allclose(array, expected, atol=1e-6)
+
+    def test_gradients_that_nobody_looked_at_count_as_their_arrays(self):
+        """Bit for bit, for the layer that they are of and for a copy, and with what was written into them."""
+        x, optimizer = np.random.default_rng(0).standard_normal((8, 3), dtype=np.float32), tr.SGD(lr=0.1, momentum=0.9)
+
+        def updated(look, other=False):
+            layer = tr.nn.Linear(3, 2, seed=0)
+            y, pullback = tr.vjp(layer, x)
+            pullback(y)
+            layer, grads = tr.nn.Linear(3, 2, seed=0) if other else layer, look(pullback.gradients)
+            for _ in range(2):
+                optimizer.update(layer, grads)
+            return [array.tobytes() for array in layer.state_dict().values()]
+
+        def halved(grads):
+            for array in grads.values():
+                array *= 0.5
+            return grads
+
+        kept = updated(lambda grads: grads)
+        assert kept == updated(lambda grads: grads, other=True)
+        assert kept == updated(dict) == updated(copy.deepcopy) == updated(lambda g: pickle.loads(pickle.dumps(g)))
+        assert updated(halved) == updated(lambda grads: {name: 0.5 * array for name, array in grads.items()}) != kept
+
+    def test_a_long_gradient_is_clipped(self):
+        grads = {"weight": np.full((2, 3), 3.0, np.float32), "bias": np.zeros(2, np.float32)}
+        layer, start = tr.nn.Linear(3, 2, seed=0), tr.nn.Linear(3, 2, seed=0).state_dict()["weight"]
+        tr.SGD(lr=1.0).update(layer, grads, clip_norm=1.5)
+        np.testing.assert_allclose(layer.state_dict()["weight"], start - 1.5 / np.sqrt(6), rtol=1e-5)
+        tr.SGD(lr=1.0).update(layer, grads, clip_norm=100.0)
+        np.testing.assert_allclose(layer.state_dict()["weight"], start - 1.5 / np.sqrt(6) - 3, rtol=1e-5)
+        for bad in (0, -1.0, np.nan):
+            with pytest.raises(tr.ConfigError, match="clip_norm"):
+                tr.SGD(lr=1.0).update(layer, grads, clip_norm=bad)
 
     def test_each_layer_has_its_own_moments(self):
         layers = [tr.nn.Linear(3, 2, seed=0) for _ in range(2)]

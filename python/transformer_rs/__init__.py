@@ -9,7 +9,7 @@ from typing import Any
 
 from . import _core, errors, functional, nn, schedules
 from ._core import __version__
-from ._vjp import Pullback, vjp
+from ._vjp import Gradients, Pullback, vjp
 from .bert import Bert
 from .config import TransformerConfig
 from .encoder import EncoderConfig, EncoderModel
@@ -47,6 +47,7 @@ __all__ = [
     "EncoderConfig",
     "EncoderModel",
     "Evaluation",
+    "Gradients",
     "Hypothesis",
     "InternalError",
     "NonFiniteError",

@@ -10,6 +10,7 @@ from ._arrays import BoolArray, FloatArray, IntArray
 
 __all__ = [
     "Decoder",
+    "Gradients",
     "Layer",
     "OptimizerState",
     "Profile",
@@ -67,7 +68,11 @@ def peak(threads: int, seconds: float) -> dict[str, float]: ...
 
 @final
 class Pullback:
-    def __call__(self, dy: FloatArray) -> tuple[list[Any], dict[str, FloatArray]]: ...
+    def __call__(self, dy: FloatArray) -> tuple[list[Any], Gradients | None]: ...
+
+@final
+class Gradients:
+    def arrays(self) -> dict[str, NDArray[np.float32]]: ...
 
 @final
 class Layer:
@@ -188,7 +193,7 @@ class Snapshot: ...
 @final
 class OptimizerState:
     def __new__(cls, settings: str, no_decay: list[str]) -> OptimizerState: ...
-    def update(self, layer: Layer, arrays: dict[str, Any], lr: float) -> None: ...
+    def update(self, layer: Layer, grads: Gradients | dict[str, Any], lr: float, clip: float | None) -> None: ...
 
 def activation(gradients: int, kind: str, x: FloatArray) -> _Answer: ...
 def attention(

@@ -1,7 +1,7 @@
 """Vector–Jacobian products: a call, and the way back from the gradient of its result to those of its arguments."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial, wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
@@ -91,6 +91,54 @@ def of_arrays(call: Callable[[int], tuple[FloatArray, _core.Pullback | None]]) -
     return forward
 
 
+class Gradients(Mapping[str, FloatArray]):
+    """The gradient of every weight of a layer by name: a mapping of f32 arrays.
+
+    The arrays are copied out of the engine when the first of them is looked at. Until then an optimiser takes the
+    gradients as they are, without any copy; afterwards it takes the arrays, with whatever was written into them.
+
+    >>> import numpy as np
+    >>> import transformer_rs as tr
+    >>> y, pullback = tr.vjp(tr.nn.Linear(3, 2, seed=0), np.ones((4, 3)))
+    >>> _ = pullback(np.ones((4, 2)))
+    >>> {name: gradient.shape for name, gradient in pullback.gradients.items()}
+    {'weight': (2, 3), 'bias': (2,)}
+    """
+
+    def __init__(self, core: _core.Gradients | None) -> None:
+        self._core = core
+        self._arrays: dict[str, FloatArray] = {}
+
+    def kept(self) -> _core.Gradients | None:
+        """Give what the engine still has, for an optimiser of this package; None once the arrays were copied out."""
+        return self._core
+
+    def _all(self) -> dict[str, FloatArray]:
+        if self._core is not None:
+            self._arrays, self._core = {**self._core.arrays()}, None
+        return self._arrays
+
+    def __getitem__(self, name: str) -> FloatArray:
+        """Give the gradient of a weight."""
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the names of the weights."""
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        """Count the weights."""
+        return len(self._all())
+
+    def __repr__(self) -> str:
+        """Show the arrays."""
+        return repr(self._all())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Become a dict of the arrays in another process."""
+        return dict, (self._all(),)
+
+
 class Pullback:
     """The way back of one call of :func:`vjp`, for one use.
 
@@ -104,7 +152,7 @@ class Pullback:
     def __init__(self, recorded: Recorded, count: int) -> None:
         self._recorded = recorded
         self._count = count
-        self._gradients: dict[str, FloatArray] | None = None
+        self._gradients: Gradients | None = None
 
     def __call__(self, dy: ArrayLike) -> Any:
         """Give the gradient of each positional argument, from the gradient of the result.
@@ -124,13 +172,14 @@ class Pullback:
         array = as_float("pullback", "dy", recorded.enter(dy), recorded.dtype)
         if recorded.back is None:
             raise PullbackError("pullback: it was not recorded")
-        gradients, self._gradients = recorded.back(array)
+        gradients, named = recorded.back(array)
+        self._gradients = Gradients(named)
         gradients += [None] * (self._count - len(gradients))
         gradients = recorded.leave(gradients)[: self._count]
         return gradients[0] if self._count == 1 else tuple(gradients)
 
     @property
-    def gradients(self) -> dict[str, FloatArray]:
+    def gradients(self) -> Gradients:
         """Gradients of a layer's weights by name, of this call alone; empty for a function."""
         if self._gradients is None:
             raise PullbackError("pullback.gradients: there are none yet; call pullback(dy) first")

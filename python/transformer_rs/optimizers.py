@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 from . import _core
 from ._arrays import ArrayLike, as_float
 from ._values import as_finite, as_json, as_texts, named
+from ._vjp import Gradients
 from .errors import ConfigError, DTypeError
 
 __all__ = ["SGD", "Adam", "AdamW", "Optimizer"]
@@ -51,15 +52,20 @@ class Optimizer:
         object.__setattr__(self, "no_decay", as_texts(op, "no_decay", self.no_decay))
         _core.check_optimizer(self._json())
 
-    def update(self, layer: Any, grads: Mapping[str, ArrayLike], *, lr: float | None = None) -> None:
+    def update(
+        self, layer: Any, grads: Mapping[str, ArrayLike], *, lr: float | None = None, clip_norm: float | None = None
+    ) -> None:
         """Make one step on a layer of ``tr.nn``. The moments of each layer are kept here.
 
         Args:
             layer: A layer of ``tr.nn``.
-            grads: The gradient of every parameter by name, as ``pullback.gradients`` gives them.
+            grads: The gradient of every parameter by name, as ``pullback.gradients`` gives them (those are not copied
+                unless their arrays were looked at).
             lr: The learning rate of this step; None means ``self.lr``.
+            clip_norm: The largest norm of the gradient (Pascanu et al. 2013); None does not clip.
 
         Raises:
+            ConfigError: A ``clip_norm`` that is not above 0.
             ShapeError: Names or shapes that are not the layer's.
             NonFiniteError: NaN or infinity in a gradient; nothing was changed.
 
@@ -85,10 +91,14 @@ class Optimizer:
             raise DTypeError(f"{op}: argument `grads`: expected gradients by name, got {type(grads).__name__}")
         if layer not in self._states:
             self._states[layer] = _core.OptimizerState(self._json(), list(self.no_decay))
-        arrays = {str(name): as_float(op, f"grads[{name!r}]", value) for name, value in grads.items()}
+        kept = grads.kept() if isinstance(grads, Gradients) else None
+        given = kept or {str(name): as_float(op, f"grads[{name!r}]", value) for name, value in grads.items()}
         rate = self.lr if lr is None else as_finite(op, "lr", lr)
+        clip = None if clip_norm is None else as_finite(op, "clip_norm", clip_norm)
+        if clip is not None and clip <= 0:
+            raise ConfigError(f"{op}: argument `clip_norm`: expected a finite number above 0, or none, got {clip_norm}")
         with named(op):
-            self._states[layer].update(core, arrays, rate)
+            self._states[layer].update(core, given, rate, clip)
 
     def _settings(self) -> dict[str, Any]:
         names = [item.name for item in dataclasses.fields(self) if item.name not in ("no_decay", "_states")]

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use transformer_core::error::{Result, Shape};
 use transformer_core::rng::Key;
 use transformer_core::simd::zeros;
-use transformer_core::tape::{Builder, Grads, Init, ParamId, Params, Pool, StatId, Tape, Tensor, Var};
+use transformer_core::tape::{Builder, Grads, Init, Layout, ParamId, Params, Pool, StatId, Tape, Tensor, Var};
 
 /// The numbers of a layer. A call reads them, an optimiser writes them.
 pub struct Weights<T> {
@@ -267,13 +267,13 @@ impl<T: Real> Drop for Recorded<T> {
 /// Values of a gradient and its shape.
 type Gradient<T> = (Vec<T>, Vec<usize>);
 
-/// Gradients of the arguments, in their order, and of the weights by name.
-type Gradients<'py> = (Bound<'py, PyList>, Bound<'py, PyDict>);
+/// Gradients of the arguments, in their order, and of a layer's weights.
+type Walked<'py> = (Bound<'py, PyList>, Option<Gradients>);
 
 /// A [`Recorded`] of either precision.
 trait Walk: Send {
     fn shape(&self) -> Vec<usize>;
-    fn walk<'py>(self: Box<Self>, py: Python<'py>, dy: Floats<'py>) -> PyResult<Gradients<'py>>;
+    fn walk<'py>(self: Box<Self>, py: Python<'py>, dy: Floats<'py>) -> PyResult<Walked<'py>>;
 }
 
 impl<T: Real> Walk for Recorded<T> {
@@ -281,7 +281,7 @@ impl<T: Real> Walk for Recorded<T> {
         self.form.shape()
     }
 
-    fn walk<'py>(mut self: Box<Self>, py: Python<'py>, dy: Floats<'py>) -> PyResult<Gradients<'py>> {
+    fn walk<'py>(mut self: Box<Self>, py: Python<'py>, dy: Floats<'py>) -> PyResult<Walked<'py>> {
         let (form, pool) = (&self.form, &mut self.tape.pool);
         let mut dy = dy.read(|dy| door::copying(py, dy.len(), || form.pack(dy, pool).map_err(raise)))?;
         let walked = door::run(py, move || {
@@ -292,7 +292,7 @@ impl<T: Real> Walk for Recorded<T> {
             if weights.version(self.training) != self.version {
                 return Ok(None);
             }
-            let mut grads = Grads::new(&weights.params)?;
+            let mut grads = self.home.take_grads(&weights.params)?;
             let mut dvars = self.tape.backward(&weights.params, &mut grads, [(self.output, dy)])?;
             grads.complete(&mut self.tape.pool)?;
             let dw = |id: ParamId| grads.get(id).map(copy).transpose();
@@ -314,15 +314,15 @@ impl<T: Real> Walk for Recorded<T> {
                     }
                 });
             }
-            let layout = weights.params.layout();
-            // The weights of a function are arguments of it.
-            let mut named: Vec<Owned<T>> = Vec::new();
-            for id in layout.ids().filter(|_| self.named) {
-                let entry = layout.entry(id);
-                named.extend(dw(id)?.map(|dw| (entry.name.clone(), entry.shape.clone(), dw)));
-            }
+            let layout = Arc::clone(weights.params.layout());
             drop(weights);
-            grads.release(&mut self.tape.pool);
+            // The weights of a function are arguments of it.
+            let named = if self.named {
+                T::gradients(LayerGrads { layout, grads: Some(grads), home: self.home.clone() })
+            } else {
+                grads.release(&mut self.tape.pool);
+                None
+            };
             taken.into_iter().filter_map(|(_, dx)| dx).for_each(|dx| self.tape.pool.recycle(dx));
             let statistics = self.tape.take_statistics();
             if !statistics.is_empty() {
@@ -338,7 +338,53 @@ impl<T: Real> Walk for Recorded<T> {
         for gradient in arguments {
             list.append(gradient.map(|(values, shape)| to_array(py, values, &shape)).transpose()?)?;
         }
-        Ok((list, named_arrays(py, named)?))
+        Ok((list, named))
+    }
+}
+
+/// Gradients of a layer's weights in the engine's memory, which goes back to the layer.
+pub struct LayerGrads<T: Real> {
+    layout: Arc<Layout>,
+    /// There until the end.
+    grads: Option<Grads<T>>,
+    home: Home<T>,
+}
+
+impl<T: Real> LayerGrads<T> {
+    /// Whether they are those of parameters of this layout, made by this layer.
+    pub fn of(&self, params: &Params<T>) -> Option<&Grads<T>> {
+        self.grads.as_ref().filter(|_| Arc::ptr_eq(&self.layout, params.layout()))
+    }
+
+    /// Each by its name, with its shape.
+    pub fn named(&self) -> impl Iterator<Item = (&str, &[usize], &[T])> {
+        self.layout.ids().filter_map(|id| {
+            let (entry, values) = (self.layout.entry(id), self.grads.as_ref()?.get(id)?);
+            Some((entry.name.as_str(), &entry.shape[..], values))
+        })
+    }
+}
+
+impl<T: Real> Drop for LayerGrads<T> {
+    fn drop(&mut self) {
+        self.grads.take().into_iter().for_each(|grads| self.home.give_grads(grads));
+    }
+}
+
+/// Gradients of a layer's weights, not yet arrays.
+#[pyclass(frozen, module = "transformer_rs._core")]
+pub struct Gradients {
+    /// What an optimiser takes as it is.
+    pub of: LayerGrads<f32>,
+}
+
+#[pymethods]
+impl Gradients {
+    /// Copies, by name.
+    fn arrays<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let owned = |(name, shape, values): (&str, &[usize], &[f32])| Ok((name.into(), shape.to_vec(), copy(values)?));
+        let arrays: Vec<Owned<f32>> = door::run(py, || self.of.named().map(owned).collect())?;
+        named_arrays(py, arrays)
     }
 }
 
@@ -350,8 +396,8 @@ pub struct Pullback {
 
 #[pymethods]
 impl Pullback {
-    /// Gradients of the arguments, in their order, and of a layer's weights by name.
-    fn __call__<'py>(&self, py: Python<'py>, dy: Floats<'py>) -> PyResult<Gradients<'py>> {
+    /// Gradients of the arguments, in their order, and of a layer's weights.
+    fn __call__<'py>(&self, py: Python<'py>, dy: Floats<'py>) -> PyResult<Walked<'py>> {
         let recorded = {
             let mut recorded = self.recorded.lock().unwrap_or_else(PoisonError::into_inner);
             match recorded.as_ref().map(|recorded| recorded.shape()) {

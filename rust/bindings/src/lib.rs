@@ -31,7 +31,7 @@ mod _core {
     const __version__: &str = env!("CARGO_PKG_VERSION");
 
     #[pymodule_export]
-    use crate::call::Pullback;
+    use crate::call::{Gradients, Pullback};
     #[pymodule_export]
     use crate::functional::{
         activation, attention, batch_norm, cross_entropy, dropout, embedding, gated, layer_norm, linear, rms_norm,

@@ -1,6 +1,7 @@
 //! Optimisers for layers, and what checks the settings of training.
 
 use crate::arrays::read_named;
+use crate::call::{Gradients, LayerGrads};
 use crate::door;
 use crate::errors::raise;
 use crate::layer::Layer;
@@ -13,7 +14,7 @@ use transformer_core::checkpoint::NamedArray;
 use transformer_core::error::Error;
 use transformer_core::tape::{Grads, Pool};
 use transformer_core::threads::uninterrupted;
-use transformer_core::train::{self, Optimizer, Schedule, check_norm, global_norm, set_gradients};
+use transformer_core::train::{self, Optimizer, Schedule, check_norm, clip_scale, global_norm, set_gradients};
 
 /// The moments of one layer, made when it is updated for the first time.
 #[pyclass(frozen, module = "transformer_rs._core")]
@@ -31,15 +32,16 @@ impl OptimizerState {
     }
 
     /// One step on the weights of a layer.
-    fn update(&self, py: Python<'_>, layer: &Layer, arrays: &Bound<'_, PyDict>, lr: f64) -> PyResult<()> {
-        let given = read_named::<f32>(arrays)?;
+    fn update(&self, py: Python<'_>, layer: &Layer, grads: Given<'_>, lr: f64, clip: Option<f64>) -> PyResult<()> {
+        let (kept, owned) = match &grads {
+            Given::Kept(grads) => (Some(&grads.get().of), Vec::new()),
+            Given::Arrays(arrays) => (None, read_named::<f32>(arrays)?),
+        };
         door::run(py, || {
-            let arrays: Vec<NamedArray<'_>> =
-                given.iter().map(|(name, shape, values)| (name.as_str(), &shape[..], &values[..])).collect();
             let mut weights = patiently(|| layer.weights.try_write())?;
             let mut state = patiently(|| self.state.try_lock())?;
             let params = &mut weights.params;
-            let (state, grads) = match &mut *state {
+            let (state, own) = match &mut *state {
                 Some(known) => known,
                 empty => {
                     let grads = Grads::new(params)?;
@@ -47,12 +49,29 @@ impl OptimizerState {
                     empty.insert((state, grads))
                 }
             };
-            grads.reset();
-            set_gradients(params, grads, &mut Pool::default(), &arrays)?;
-            check_norm("argument `grads`", params, grads, global_norm(grads, 1.0)?)?;
-            uninterrupted(|| state.update(&self.optimizer, params, grads, lr, [1.0, 1.0]))
+            let grads = match kept.and_then(|kept| kept.of(params)) {
+                Some(grads) => grads,
+                None => {
+                    let owned = owned.iter().map(|(name, shape, values)| (name.as_str(), &shape[..], &values[..]));
+                    let arrays: Vec<NamedArray<'_>> =
+                        owned.chain(kept.into_iter().flat_map(LayerGrads::named)).collect();
+                    own.reset();
+                    set_gradients(params, own, &mut Pool::default(), &arrays)?;
+                    own
+                }
+            };
+            let norm = global_norm(grads, 1.0)?;
+            check_norm("argument `grads`", params, grads, norm)?;
+            uninterrupted(|| state.update(&self.optimizer, params, grads, lr, [1.0, clip_scale(norm, clip)]))
         })
     }
+}
+
+/// Gradients as a pullback gives them, or as arrays by name.
+#[derive(FromPyObject)]
+enum Given<'py> {
+    Kept(Bound<'py, Gradients>),
+    Arrays(Bound<'py, PyDict>),
 }
 
 fn parse<T: DeserializeOwned>(what: &str, json: &str) -> PyResult<T> {

@@ -1,8 +1,9 @@
 //! Buffers that wait between calls.
 
 use std::sync::{Arc, LazyLock, Mutex};
+use transformer_core::error::Result;
 use transformer_core::simd::Float;
-use transformer_core::tape::Pool;
+use transformer_core::tape::{Grads, Params, Pool};
 
 /// Pools kept in one place: as many calls at once find their buffers again.
 const POOLS: usize = 4;
@@ -14,12 +15,14 @@ const KEPT: usize = 64 << 20;
 pub struct Home<T> {
     pools: Arc<Mutex<Vec<Pool<T>>>>,
     most: usize,
+    /// Of a layer: the memory of gradients that nobody has any more.
+    grads: Arc<Mutex<Option<Grads<T>>>>,
 }
 
 impl<T: Float> Home<T> {
     /// A home that keeps pools of at most so many bytes.
     fn new(most: usize) -> Self {
-        Home { pools: Arc::default(), most }
+        Home { pools: Arc::default(), most, grads: Arc::default() }
     }
 
     /// A layer's.
@@ -39,6 +42,19 @@ impl<T: Float> Home<T> {
             && pools.len() < POOLS
         {
             pools.push(pool);
+        }
+    }
+
+    /// Room for the gradients of a layer's weights.
+    pub fn take_grads(&self, params: &Params<T>) -> Result<Grads<T>> {
+        self.grads.try_lock().ok().and_then(|mut grads| grads.take()).map_or_else(|| Grads::new(params), Ok)
+    }
+
+    /// Gives it back.
+    pub fn give_grads(&self, mut grads: Grads<T>) {
+        grads.reset();
+        if let Ok(mut waits) = self.grads.try_lock() {
+            *waits = Some(grads);
         }
     }
 }
