@@ -8,7 +8,7 @@ use transformer_core::tape::{Grads, Params, Pool};
 /// Pools kept in one place: as many calls at once find their buffers again.
 const POOLS: usize = 4;
 /// Bytes of a pool that functions keep. A layer keeps all of its own.
-const KEPT: usize = 64 << 20;
+const KEPT: usize = 128 << 20;
 
 /// Where the buffers of a layer, or of all functions, stay.
 #[derive(Clone)]
