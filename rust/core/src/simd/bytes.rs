@@ -90,18 +90,9 @@ impl Bytes {
     pub fn tile_rows(self, rows: usize) -> usize {
         if self == Bytes::Amx && rows >= AMX_FROM_ROWS { AMX_ROWS } else { TILE_ROWS }
     }
-
-    /// How many panels a tile of so many rows takes at once: few rows would leave the multipliers waiting.
-    pub fn panels_at_once(self, rows: usize) -> usize {
-        match (self, rows) {
-            (Bytes::Vnni | Bytes::Amx, 0..=2) => 4,
-            (Bytes::Vnni | Bytes::Amx, 3..=6) => 2,
-            _ => 1,
-        }
-    }
 }
 
-/// A product of at most [`Bytes::tile_rows`] rows of bytes with `panels` panels of weights.
+/// A product of at most [`Bytes::tile_rows`] rows of bytes with a panel of weights.
 #[derive(Debug, Clone, Copy)]
 pub struct Operands<'a> {
     /// Steps along the depth.
@@ -114,14 +105,11 @@ pub struct Operands<'a> {
     pub sums: &'a [i32],
     /// The scale of every row.
     pub x_scales: &'a [f32],
-    /// The panels, one after the other: for each step the bytes of [`PANEL`] outputs.
+    /// The panel: for each step the bytes of [`PANEL`] outputs.
     pub w: &'a [u8],
-    /// The scale of every output of the panels.
-    pub w_scales: &'a [f32],
-    /// Panels: 1, or as many as [`Bytes::panels_at_once`] says.
-    pub panels: usize,
-    /// What vectors that multiply one panel ask for meanwhile, as many bytes at each step as they multiply. (Several panels are
-    /// streams enough for the CPU to run ahead of by itself.) Any address will do.
+    /// The scale of every output of the panel.
+    pub w_scales: &'a [f32; PANEL],
+    /// What vectors ask for meanwhile, as many bytes at each step as they multiply. Any address will do.
     pub ahead: *const u8,
     /// From one step to the next.
     pub ahead_step: usize,
@@ -147,17 +135,15 @@ impl<'a> Multiplier<'a> {
         }
     }
 
-    /// The first `panels` · [`PANEL`] numbers of as many rows as there are sums, [`WIDTH`] apart, = x Wᵀ, times the scales of
-    /// both.
+    /// The first [`PANEL`] numbers of as many rows as there are sums, [`WIDTH`] apart, = x Wᵀ, times the scales of both.
     pub fn tile(&mut self, out: &mut [f32], o: Operands<'_>) {
-        let (rows, width) = (o.sums.len(), o.panels * PANEL);
+        let rows = o.sums.len();
         assert!(
             (1..=self.bytes.tile_rows(rows)).contains(&rows)
-                && [1, self.bytes.panels_at_once(rows)].contains(&o.panels)
                 && o.x.len() >= (rows - 1) * o.stride + o.steps * STEP
-                && o.w.len() >= o.steps * STEP * width
-                && (o.x_scales.len(), o.w_scales.len()) == (rows, width)
-                && out.len() >= (rows - 1) * WIDTH + width,
+                && o.w.len() >= o.steps * STEP * PANEL
+                && o.x_scales.len() == rows
+                && out.len() >= (rows - 1) * WIDTH + PANEL,
             "operands of a tile of bytes"
         );
         match self.bytes {
@@ -213,11 +199,8 @@ impl<'a> Multiplier<'a> {
 /// Sums of one panel to numbers.
 #[inline(always)]
 fn scale(out: &mut [f32], sums: &Sums, o: Operands<'_>) {
-    let Ok(w_scales) = <&[f32; PANEL]>::try_from(o.w_scales) else {
-        unreachable!("these paths take one panel at once")
-    };
     for ((out, sums), &x_scale) in out.chunks_mut(WIDTH).zip(sums.0.as_chunks::<PANEL>().0).zip(o.x_scales) {
-        for ((out, &sum), &w_scale) in out[..PANEL].iter_mut().zip(sums).zip(w_scales) {
+        for ((out, &sum), &w_scale) in out[..PANEL].iter_mut().zip(sums).zip(o.w_scales) {
             *out = sum as f32 * (x_scale * w_scale);
         }
     }
@@ -257,37 +240,29 @@ mod x86 {
         macro_rules! run {
             ($r:literal) => {
                 // SAFETY: the caller's promise.
-                unsafe {
-                    match o.panels {
-                        1 => vnni_tile::<$r, 2>(out, o),
-                        2 => vnni_tile::<{ if $r <= 6 { $r } else { 1 } }, 4>(out, o),
-                        _ => vnni_tile::<{ if $r <= 2 { $r } else { 1 } }, 8>(out, o),
-                    }
-                }
+                unsafe { vnni_tile::<$r>(out, o) }
             };
         }
         choose!(o.sums.len(); 1 2 3 4 5 6 7 8 9 10 11 12; run)
     }
 
-    /// R rows, V vectors of 16 outputs, in registers throughout.
+    /// R rows, two vectors of 16 outputs, in registers throughout. (Few rows could take several panels at once, to keep the
+    /// multipliers busy; but then they read several streams of memory, of which the CPU does not run far enough ahead:
+    /// 3 to 6 rows with two panels took 1.1 to 1.3 times as long, one row with four as long.)
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")]
     #[inline]
-    unsafe fn vnni_tile<const R: usize, const V: usize>(out: &mut [f32], o: Operands<'_>) {
+    unsafe fn vnni_tile<const R: usize>(out: &mut [f32], o: Operands<'_>) {
         // (w + 128) x summed up is w x summed up and 128 times the sum of x.
-        let mut acc: [[__m512i; V]; R] = std::array::from_fn(|r| [_mm512_set1_epi32(-128 * o.sums[r]); V]);
-        let panel = o.steps * STEP * PANEL;
+        let mut acc: [[__m512i; 2]; R] = std::array::from_fn(|r| [_mm512_set1_epi32(-128 * o.sums[r]); 2]);
         let mut ahead = o.ahead;
         for k in 0..o.steps {
-            if V == 2 {
-                prefetch(ahead);
-                prefetch(ahead.wrapping_add(64));
-                ahead = ahead.wrapping_add(o.ahead_step);
-            }
-            // SAFETY: `tile` checked the lengths of x and w; V vectors are V / 2 panels.
+            prefetch(ahead);
+            prefetch(ahead.wrapping_add(64));
+            ahead = ahead.wrapping_add(o.ahead_step);
+            // SAFETY: `tile` checked the lengths of x and w.
             unsafe {
-                let w: [__m512i; V] = std::array::from_fn(|v| {
-                    _mm512_loadu_si512(o.w.as_ptr().add(v / 2 * panel + k * STEP * PANEL + v % 2 * 64).cast())
-                });
+                let w = o.w.as_ptr().add(k * STEP * PANEL);
+                let w: [__m512i; 2] = std::array::from_fn(|v| _mm512_loadu_si512(w.add(v * 64).cast()));
                 for (r, acc) in acc.iter_mut().enumerate() {
                     let x = o.x.as_ptr().add(r * o.stride + k * STEP).cast::<i32>().read_unaligned();
                     let x = _mm512_set1_epi32(x);
@@ -299,7 +274,7 @@ mod x86 {
         }
         // SAFETY: `tile` checked the lengths of the scales and of `out`.
         unsafe {
-            let w_scales: [__m512; V] = std::array::from_fn(|v| _mm512_loadu_ps(o.w_scales.as_ptr().add(v * 16)));
+            let w_scales: [__m512; 2] = std::array::from_fn(|v| _mm512_loadu_ps(o.w_scales.as_ptr().add(v * 16)));
             for (r, acc) in acc.iter().enumerate() {
                 let x_scale = _mm512_set1_ps(*o.x_scales.get_unchecked(r));
                 for (v, (&acc, &w_scale)) in acc.iter().zip(&w_scales).enumerate() {

@@ -97,7 +97,7 @@ fn run<T: Float, E: Epilogue<T>>(y: &mut [T], x: &[T], w: Group<'_>, epilogue: &
         quantize_rows(q, scales, sums, x, depth, stride, workers)?;
 
         let out = Output { far: size_of_val(y) > NEAR_BYTES, data: y.as_mut_ptr(), stride: outputs };
-        let grid = tasks(rows, w.panels(), depth, workers, bytes);
+        let grid = tasks(rows, w.panels(), depth, workers);
         let x = Rows { q, stride, sums, scales };
         let task = |index: usize| {
             let (rows, panels) = grid.block(index);
@@ -188,7 +188,7 @@ struct Output<T> {
 unsafe impl<T: Send> Sync for Output<T> {}
 
 /// Some eight tasks for each worker, none too small. Columns are panels.
-fn tasks(rows: usize, panels: usize, depth: usize, workers: usize, bytes: Bytes) -> Grid {
+fn tasks(rows: usize, panels: usize, depth: usize, workers: usize) -> Grid {
     let row_parts = rows.div_ceil(TASK_ROWS.max(TASK_BYTES / depth.max(1)));
     let shared_out = workers > 1 && rows >= THREAD_ROWS * workers;
     let row_parts = if shared_out { row_parts.next_multiple_of(workers) } else { row_parts };
@@ -200,7 +200,7 @@ fn tasks(rows: usize, panels: usize, depth: usize, workers: usize, bytes: Bytes)
     };
     // Not whole tiles: tiles of equal height take what is left.
     let by_row = Cut::new(rows, 4, row_parts);
-    Grid::new(by_row, Cut::new(panels, bytes.panels_at_once(least), panels.div_ceil(wanted.max(at_least))), workers)
+    Grid::new(by_row, Cut::new(panels, 1, panels.div_ceil(wanted.max(at_least))), workers)
 }
 
 thread_local! {
@@ -223,8 +223,6 @@ fn block<T: Float, E: Epilogue<T>>(
     let Part { w, ref panels, column: first_column, .. } = *part;
     let mut multiplier = Multiplier::new(bytes, sums);
     let tile_rows = bytes.tile_rows(rows.len());
-    // The same number of panels at once for every tile: the last one may have fewer rows.
-    let at_once = bytes.panels_at_once(rows.len().min(tile_rows));
     let steps = x.stride / STEP;
     // Panels come from memory while those before them are multiplied, each tile of rows asking for its share: also those of
     // the next task. The very first ones, and all that are read once only, just ahead of their use.
@@ -245,12 +243,10 @@ fn block<T: Float, E: Epilogue<T>>(
                 None => (w.start(group.start), 0),
             };
             asked += share * steps;
-            let mut panel = group.start;
-            while panel < group.end {
-                let count = if group.end - panel >= at_once { at_once } else { 1 };
+            for (place, panel) in group.clone().enumerate() {
                 if out.far {
-                    let place = out.data.wrapping_add(row * out.stride + first_column + panel * PANEL);
-                    prefetch_rows(place, out.stride, height, count);
+                    let y = out.data.wrapping_add(row * out.stride + first_column + panel * PANEL);
+                    prefetch_rows(y, out.stride, height);
                 }
                 let operands = Operands {
                     steps,
@@ -258,14 +254,12 @@ fn block<T: Float, E: Epilogue<T>>(
                     stride: x.stride,
                     sums: &x.sums[row..row + height],
                     x_scales: &x.scales[row..row + height],
-                    w: w.panel(panel..panel + count),
-                    w_scales: &w.scales[panel * PANEL..(panel + count) * PANEL],
-                    panels: count,
-                    ahead: ahead.wrapping_add((panel - group.start) * steps * STEP_BYTES),
+                    w: w.panel(panel),
+                    w_scales: &w.scales.as_chunks().0[panel],
+                    ahead: ahead.wrapping_add(place * steps * STEP_BYTES),
                     ahead_step,
                 };
-                multiplier.tile(&mut products.0[(panel - group.start) * PANEL..], operands);
-                panel += count;
+                multiplier.tile(&mut products.0[place * PANEL..], operands);
             }
             T::dispatch(Finish {
                 products,
@@ -281,9 +275,9 @@ fn block<T: Float, E: Epilogue<T>>(
 }
 
 /// Asks for the place of a tile in y, which is written when it has been multiplied. (Addresses past the end are harmless.)
-fn prefetch_rows<T>(y: *const T, stride: usize, rows: usize, panels: usize) {
+fn prefetch_rows<T>(y: *const T, stride: usize, rows: usize) {
     for row in 0..rows {
-        for column in (0..panels * PANEL).step_by(LINE / size_of::<T>()) {
+        for column in (0..PANEL).step_by(LINE / size_of::<T>()) {
             prefetch(y.wrapping_add(row * stride + column));
         }
     }

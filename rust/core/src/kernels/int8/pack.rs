@@ -5,7 +5,6 @@ use crate::error::Result;
 use crate::simd::bytes::{Bytes, PANEL, STEP};
 use crate::simd::{Buffer, Float};
 use crate::{bail, ensure, threads};
-use std::ops::Range;
 
 /// A matrix (O, K) in int8, for each row a scale. For products: for each panel of outputs, for each four of the depth, the bytes
 /// of all outputs.
@@ -101,7 +100,7 @@ impl Int8Rhs {
     /// The bytes of one output, (K,).
     pub fn row(&self, output: usize) -> impl Iterator<Item = i8> + '_ {
         let (offset, (between, apart)) = (self.bytes.offset(), self.strides());
-        let steps = self.panel(output / PANEL..output / PANEL + 1)[output % PANEL * between..].chunks(apart);
+        let steps = self.panel(output / PANEL)[output % PANEL * between..].chunks(apart);
         let bytes = steps.flat_map(|step| step.iter().take(STEP)).take(self.depth);
         bytes.map(move |byte| byte.wrapping_sub(offset).cast_signed())
     }
@@ -148,10 +147,9 @@ impl Int8Rhs {
         bytes_of(&self.panels).as_ptr().wrapping_add(panel * self.panel_len)
     }
 
-    /// The bytes of some panels.
-    pub(super) fn panel(&self, range: Range<usize>) -> &[u8] {
-        let len = self.panel_len;
-        &bytes_of(&self.panels)[range.start * len..range.end * len]
+    /// The bytes of a panel.
+    pub(super) fn panel(&self, panel: usize) -> &[u8] {
+        &bytes_of(&self.panels)[panel * self.panel_len..][..self.panel_len]
     }
 }
 
