@@ -267,6 +267,145 @@ def test_eight_threads_decode_each_in_its_own_way():
     together(8, work)
 
 
+def mute(model):
+    """One that never says EOS: as many tokens as it may."""
+    model.load_state_dict(model.state_dict() | {"head.bias": np.where(np.arange(20) == 2, -1e9, 0)})
+    return model
+
+
+class TestCallsThatAreOneBatch:
+    """Threads that decode in the same way share steps, and nobody can tell but by the clock."""
+
+    def test_all_say_what_they_say_alone(self):
+        model, rng = model_of(dropout=0.0), np.random.default_rng(0)
+        sources = [rng.integers(3, 20, n) for n in rng.integers(1, 20, 100)]
+        ways = [{}, {"beam": 3}, {"beam": 3, "max_len": 5}, {"min_len": 6}, {"repetition_penalty": 1.3, "max_len": 15}]
+        ways += [{"draft": model.quantize(), "max_len": (1, 3)}, {"temperature": 1.2, "seed": 5}]
+        expected = [[model.generate([s], **way)[0].tolist() for s in sources] for way in ways]
+        drawn = [model.generate(sources[i : i + 3], **ways[-1]) for i in range(90)]
+
+        def work(i):
+            mine = np.random.default_rng(i)
+            for _ in range(40):
+                way, first, n = mine.integers(len(ways)), mine.integers(90), mine.integers(1, 4)
+                said = [ids.tolist() for ids in model.generate(sources[first : first + n], **ways[way])]
+                if way == len(ways) - 1:  # row i is drawn by (seed, i)
+                    assert said == [ids.tolist() for ids in drawn[first][:n]]
+                else:
+                    assert said == expected[way][first : first + n]
+                best = model.hypotheses(sources[first : first + n], beam=2, n_best=2)
+                assert [len(each) for each in best] == [2] * n
+
+        together(12, work)
+
+    def test_they_share_steps(self):
+        model, ready = mute(model_of(d_model=128, d_ff=512, n_decoder_layers=4)), threading.Barrier(8)
+
+        def work(_):
+            ready.wait()
+            return model.generate([[3, 4, 5]], max_len=60)[0]
+
+        with tr.profile() as measured:
+            said = together(8, work)
+        steps = max(row["calls"] for row in measured.rows if row["operation"] == "decoding")
+        assert all(np.array_equal(one, said[0]) for one in said) and len(said[0]) == 60
+        assert 60 <= steps < 4 * 60, "eight calls took as many steps as four"
+
+    def test_who_is_refused_is_so_alone(self):
+        model = mute(model_of(dropout=0.0))
+        expected = model.generate([[3, 4]], max_len=200)[0]
+
+        def work(i):
+            if i % 4 == 0:
+                with pytest.raises(tr.OutOfMemoryError, match="source 0 may need"):
+                    model.generate([[3], [4]], max_len=2**31 - 1)
+                return
+            assert np.array_equal(model.generate([[3, 4]], max_len=200)[0], expected)
+
+        for _ in range(5):
+            together(8, work)
+
+    def test_all_hear_of_logits_that_are_not_finite(self):
+        model = model_of(dropout=0.0)
+        model.load_state_dict(model.state_dict() | {"head.bias": np.full(20, np.nan)})
+
+        def work(_):
+            with pytest.raises(tr.NonFiniteError, match="token 0 of source 0"):
+                model.generate([[3, 4]])
+
+        together(8, work)
+
+    def test_weights_that_change_meanwhile(self):
+        """Every answer is that of the weights of one step."""
+        alone, model = model_of(), model_of()
+        source = [[3, 4, 5, 6]]
+        say = lambda model: model.hypotheses(source, beam=2)[0][0].token_logprobs.tobytes()  # noqa: E731
+        seen, reference = {say(alone)}, tr.Trainer(alone, seed=0)
+        for _ in range(15):
+            reference.step(source, source)
+            seen.add(say(alone))
+        trainer, done = tr.Trainer(model, seed=0), threading.Event()
+
+        def work(i):
+            if i == 0:
+                try:
+                    for _ in range(15):
+                        trainer.step(source, source)
+                finally:
+                    done.set()
+            while not done.is_set():
+                assert say(model) in seen
+
+        together(6, work)
+
+    @pytest.mark.parametrize("first", ["main", "others"])
+    def test_ctrl_c_ends_one_call_and_the_others_go_on(self, first):
+        """Whether the main thread leads or waits for another."""
+        late = python(f"""
+            model = model_of(d=256, layers=4, dropout=0.0)
+            model.load_state_dict(model.state_dict() | {{"head.bias": np.where(np.arange(40) == 2, -1e9, 0)}})
+            source, said = [[3, 4, 5]], []
+            expected = model.generate(source, max_len=300)[0]
+            start = lambda: said.append(model.generate(source, max_len=300)[0])
+            others = [threading.Thread(target=lambda: (time.sleep({0.3 if first == "main" else 0}), start())) for _ in range(3)]
+            for other in others: other.start()
+            time.sleep({0 if first == "main" else 0.05})
+            sent = press(0.5)
+            try:
+                while True: model.generate(source * 2, max_len=3000)
+            except KeyboardInterrupt:
+                late = time.perf_counter() - sent[0]
+            for other in others: other.join()
+            assert len(said) == 3 and all((one == expected).all() for one in said)
+            print(late)
+        """)
+        assert float(late) < 0.5
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+    def test_a_child_does_not_wait_for_its_parents_threads(self):
+        code = python("""
+            import warnings
+            warnings.simplefilter("ignore")
+            model = model_of(d=256, layers=4, dropout=0.0)
+            model.load_state_dict(model.state_dict() | {"head.bias": np.where(np.arange(40) == 2, -1e9, 0)})
+            source, said = [[3, 4, 5]], []
+            expected = model.generate(source, max_len=300)[0]
+            others = [threading.Thread(target=lambda: said.append(model.generate(source, max_len=300)[0])) for _ in range(2)]
+            for other in others: other.start()
+            time.sleep(0.05)
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if (model.generate(source, max_len=300)[0] == expected).all() else 1)
+            deadline = time.monotonic() + 60
+            while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline: time.sleep(0.01)
+            for other in others: other.join()
+            assert all((one == expected).all() for one in said)
+            if ended == (0, 0): os.kill(child, signal.SIGKILL)
+            print(ended[1] if ended[0] else "still waiting")
+        """)
+        assert code == "0"
+
+
 def test_reading_while_training():
     """Readers see the weights of one step or of another, never a mixture; training ends as it does alone."""
     alone, model = model_of(), model_of()

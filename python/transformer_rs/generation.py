@@ -42,6 +42,10 @@ class Generation:
         The bits of a result depend on its source (and seed) alone: not on the batch, its order, padding or threads.
         BOS and PAD are never said. Ties go to the lowest id.
 
+        Several threads may call at once. Where they ask in the same way (lengths, prefixes and seeds apart, and without a
+        processor), for up to 64 hypotheses together, they are one batch: a call joins between two tokens of the others and
+        leaves when its own sources are done.
+
         A token is chosen in this order. ``logits_processor`` may replace the model's logits; ``repetition_penalty`` lowers
         those of tokens said before; what ``suppress``, ``min_len`` and ``no_repeat_ngram`` forbid falls to minus infinity;
         the search, or the draw, takes from what is left. A token of ``prefixes`` or ``forced`` skips all of that. Where

@@ -8,8 +8,12 @@ use std::any::Any;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 use transformer_core::error::{Error, Result};
 use transformer_core::{profile, simd, threads};
+
+/// How often signals are looked for.
+const POLL_EVERY: Duration = Duration::from_millis(50);
 
 /// Runs `work` without the interpreter, inside a hot section. Signals are looked for at most every 50 ms, and what
 /// a handler raises (Ctrl-C: KeyboardInterrupt) comes out; errors become exceptions, panics included.
@@ -51,6 +55,24 @@ pub fn run_until<R: Send>(
     match (result, raised) {
         (Err(Error::Interrupted), Some(raised)) => Err(raised),
         (result, _) => result.map_err(raise),
+    }
+}
+
+/// Lets go of the interpreter until `attempt` has something, outside of any section. It comes back when its patience ends, and
+/// signals are looked for.
+pub fn wait<R: Send>(py: Python<'_>, attempt: impl Fn(Duration) -> Option<R> + Sync) -> PyResult<R> {
+    if let Some(found) = attempt(Duration::ZERO) {
+        return Ok(found);
+    }
+    let main = on_main_thread(py)?;
+    loop {
+        #[allow(clippy::disallowed_methods)]
+        if let Some(found) = py.detach(|| attempt(POLL_EVERY)) {
+            return Ok(found);
+        }
+        if main {
+            py.check_signals()?;
+        }
     }
 }
 

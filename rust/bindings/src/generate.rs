@@ -1,6 +1,7 @@
 //! Decoding: options from Python, hypotheses to Python, and decodings that Python advances step by step.
 
 use crate::arrays::{to_array, with_slice};
+use crate::batching;
 use crate::door;
 use crate::errors::{DTypeError, ShapeError, raise};
 use crate::model::{Model, Sequences};
@@ -106,7 +107,7 @@ impl Settings {
 }
 
 /// Reads the weights of a model and of its draft, with a pool of buffers.
-fn read<R>(
+pub fn read<R>(
     model: &Model,
     draft: Option<&Model>,
     work: impl FnOnce(Loaded<'_>, Option<Loaded<'_>>, &mut Pool<f32>) -> Result<R>,
@@ -193,11 +194,18 @@ pub fn hypotheses<'py>(
     settings: Settings,
 ) -> PyResult<Vec<Vec<Found<'py>>>> {
     let (options, function) = settings.split();
-    let best = run(py, function.as_ref(), None, |processor| {
-        read(model, draft, |model, draft, pool| {
-            generate::hypotheses(model, draft, pool, &src.ids, &src.rows(), &options, processor)
-        })
-    })?;
+    let together = match function {
+        None => batching::hypotheses(py, model, draft, src, &options)?,
+        Some(_) => None, // it is called on the calling thread alone
+    };
+    let best = match together {
+        Some(best) => best,
+        None => run(py, function.as_ref(), None, |processor| {
+            read(model, draft, |model, draft, pool| {
+                generate::hypotheses(model, draft, pool, &src.ids, &src.rows(), &options, processor)
+            })
+        })?,
+    };
     best.into_iter().map(|best| found(py, best, options.alternatives)).collect()
 }
 

@@ -1,6 +1,7 @@
 //! NumPy in, NumPy out: the Python border of `transformer_core`.
 
 pub mod arrays;
+mod batching;
 pub mod call;
 pub mod door;
 pub mod errors;

@@ -1,6 +1,7 @@
 //! The weights and layers behind a Python object: calls read them together, training writes them alone.
 
 use crate::arrays::{token_ids, with_slice};
+use crate::batching::Batches;
 use crate::errors::ShapeError;
 use crate::pools::Home;
 use numpy::{PyArray1, PyArrayMethods};
@@ -42,13 +43,15 @@ pub struct Model {
     /// Held by a training step from its forward pass to its update, so that the steps of two trainers do not mix.
     training: Mutex<()>,
     home: Home<f32>,
+    /// Calls that decode in the same way meet here.
+    pub batches: Batches,
 }
 
 impl Model {
     /// A model of these weights.
     pub fn new(layers: models::Transformer, params: Params<f32>) -> Arc<Self> {
-        let (queue, training) = Default::default();
-        Arc::new(Model { layers, params: RwLock::new(params), queue, training, home: Home::of_layer() })
+        let (queue, training, batches) = Default::default();
+        Arc::new(Model { layers, params: RwLock::new(params), queue, training, home: Home::of_layer(), batches })
     }
 
     /// Weights of zero, for values that come from elsewhere.

@@ -1,6 +1,6 @@
 //! What a caller may ask of a decoding.
 
-use super::sampling::Sampling;
+use super::sampling::{Sampling, Seeds};
 use crate::error::{Error, Result};
 use crate::models::TransformerConfig;
 use crate::rng::Key;
@@ -116,8 +116,15 @@ impl Plan {
 
 impl GenerateOptions {
     /// Hypotheses of a source that are decoded side by side.
-    pub(super) fn width(&self) -> usize {
+    pub fn width(&self) -> usize {
         if self.sampling.is_some() { self.n_best } else { self.beam }
+    }
+
+    /// What all sources of a decoding share: all but that which [`GenerateOptions::plans`] gives to each.
+    pub fn shared(&self) -> Self {
+        let sampling = self.sampling.clone().map(|sampling| Sampling { seeds: Seeds::Shared(0), ..sampling });
+        let (max_len, min_len, prefixes) = (None, Length::Fixed(0), Vec::new());
+        GenerateOptions { max_len, min_len, prefixes, sampling, ..self.clone() }
     }
 
     /// Whether nobody asks how likely tokens are: neither the caller nor a search that compares hypotheses.
@@ -251,7 +258,6 @@ impl GenerateOptions {
 
 #[cfg(test)]
 mod tests {
-    use super::super::sampling::Seeds;
     use super::*;
     use crate::models::PositionKind;
 
