@@ -1,7 +1,6 @@
 //! Arrays in and out. The Python shim (`_arrays.py`) brings every input into C order, aligned, in native f32, f64,
 //! int64 or bool; here they are copied into the engine's own buffers while the interpreter is held.
 
-use crate::call::{Gradients, LayerGrads};
 use crate::errors::{ConfigError, DTypeError, TokenOutOfRangeError, raise};
 use crate::pools::{self, Home};
 use numpy::{Element, IntoPyArray, PyArray1, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedArrayMethods};
@@ -17,25 +16,17 @@ use transformer_core::tape::{Params, Stored};
 pub trait Real: Float + Element {
     /// Where the buffers of functions stay.
     fn home() -> Home<Self>;
-    /// The gradients of a layer's weights, which are f32.
-    fn gradients(of: LayerGrads<Self>) -> Option<Gradients>;
 }
 
 impl Real for f32 {
     fn home() -> Home<f32> {
         pools::of_f32()
     }
-    fn gradients(of: LayerGrads<f32>) -> Option<Gradients> {
-        Some(Gradients { of })
-    }
 }
 
 impl Real for f64 {
     fn home() -> Home<f64> {
         pools::of_f64()
-    }
-    fn gradients(_: LayerGrads<f64>) -> Option<Gradients> {
-        None
     }
 }
 

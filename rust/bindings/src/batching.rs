@@ -5,16 +5,12 @@
 //! alone, so nobody can tell. Where the decoding breaks off, by an interrupt or by weights that changed between two leaders, each
 //! of the others decodes alone.
 
-use crate::door;
-use crate::errors::raise;
-use crate::generate::read;
-use crate::model::{Model, Sequences};
-use pyo3::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 use transformer_core::error::Result;
-use transformer_core::generate::{Decoding, GenerateOptions, Hypothesis, Plan};
+use transformer_core::generate::{Decoding, GenerateOptions, Hypothesis, Loaded, Plan};
+use transformer_core::tape::Pool;
 
 /// Hypotheses of a batch at most: with more, callers wait longer for each other than they gain.
 const MOST: usize = 64;
@@ -23,7 +19,7 @@ const PATIENCE: Duration = Duration::from_millis(1);
 
 /// What the callers of a batch have in common.
 #[derive(PartialEq)]
-struct Kind {
+pub struct Kind {
     options: GenerateOptions,
     /// Where the draft lies; callers keep it alive.
     draft: Option<usize>,
@@ -68,7 +64,7 @@ struct Request {
 }
 
 /// A call that has joined a batch.
-struct Caller<'a> {
+pub struct Caller<'a> {
     batches: &'a Batches,
     batch: Arc<Batch>,
     /// The number of its first source.
@@ -76,51 +72,28 @@ struct Caller<'a> {
 }
 
 /// What a caller does next.
-enum Turn<'a> {
+pub enum Turn<'a> {
     Done(Vec<Vec<Hypothesis>>),
     Lead(Leader<'a>),
     Alone,
 }
 
 /// A caller while it leads. Where that ends before the decoding is there for the next one, the batch breaks up.
-struct Leader<'a> {
+pub struct Leader<'a> {
     caller: &'a Caller<'a>,
     decoding: Option<Box<Decoding>>,
     done: bool,
 }
 
-/// The best hypotheses of every source, together with what others ask for; `None` says to decode alone.
-pub fn hypotheses(
-    py: Python<'_>,
-    model: &Model,
-    draft: Option<&Model>,
-    src: &Sequences,
-    options: &GenerateOptions,
-) -> PyResult<Option<Vec<Vec<Hypothesis>>>> {
-    let plans = options.plans(model.layers.config(), &src.rows(), 0..).map_err(raise)?;
-    let kind = Kind {
-        options: options.shared(),
-        draft: draft.map(|draft| std::ptr::from_ref(draft).addr()),
-        threads: door::context_limit(py)?,
-        process: std::process::id(),
-    };
-    let Some(caller) = model.batches.join(kind, plans, &src.ids) else { return Ok(None) };
-    loop {
-        match door::wait(py, |patience| caller.turn(patience))? {
-            Turn::Done(answers) => return Ok(Some(answers)),
-            Turn::Alone => return Ok(None),
-            Turn::Lead(leader) => match door::run(py, || Ok(leader.lead(model, draft)))? {
-                Ok(()) => {}
-                Err(error) if caller.is_the_only_one() => return Err(raise(error)),
-                Err(_) => return Ok(None),
-            },
-        }
+impl Kind {
+    pub fn new(options: &GenerateOptions, draft: Option<usize>, threads: Option<usize>) -> Self {
+        Kind { options: options.shared(), draft, threads, process: std::process::id() }
     }
 }
 
 impl Batches {
     /// Joins a batch of this kind that has room, or begins one; `None` for more sources than a batch has room for.
-    fn join(&self, kind: Kind, mut plans: Vec<Plan>, ids: &[u32]) -> Option<Caller<'_>> {
+    pub fn join(&self, kind: Kind, mut plans: Vec<Plan>, ids: &[u32]) -> Option<Caller<'_>> {
         let rows = plans.len().checked_mul(kind.options.width()).filter(|rows| (1..=MOST).contains(rows))?;
         let mut batches = self.look()?;
         let has_room = |batch: &&Arc<Batch>| batch.kind == kind && batch.state().rows + rows <= MOST;
@@ -203,7 +176,7 @@ impl State {
 
 impl Caller<'_> {
     /// What to do, if there is something before patience ends.
-    fn turn(&self, patience: Duration) -> Option<Turn<'_>> {
+    pub fn turn(&self, patience: Duration) -> Option<Turn<'_>> {
         let end = Instant::now() + patience;
         let mut state = self.batch.state();
         loop {
@@ -226,7 +199,7 @@ impl Caller<'_> {
     }
 
     /// Whether nobody else ever joined its batch.
-    fn is_the_only_one(&self) -> bool {
+    pub fn is_the_only_one(&self) -> bool {
         self.batch.state().joined == 1
     }
 }
@@ -245,23 +218,20 @@ impl Drop for Caller<'_> {
 
 impl Leader<'_> {
     /// Advances the decoding until the leader's own answers are there, or will not come.
-    fn lead(mut self, model: &Model, draft: Option<&Model>) -> Result<()> {
+    pub fn lead(mut self, model: Loaded<'_>, draft: Option<Loaded<'_>>, pool: &mut Pool<f32>) -> Result<()> {
         let Caller { batch, first, .. } = self.caller;
-        let begun = self.decoding.take();
-        let decoding = read(model, draft, |model, draft, pool| {
-            let mut decoding = match begun {
-                Some(decoding) => decoding,
-                None => Box::new(Decoding::new(model, draft, &batch.kind.options, false)?),
-            };
-            loop {
-                batch.admit(&mut decoding);
-                if !batch.state().expects(*first) {
-                    return Ok(decoding);
-                }
-                let done = decoding.step(model, draft, pool, None)?;
-                batch.deliver(done);
+        let mut decoding = match self.decoding.take() {
+            Some(decoding) => decoding,
+            None => Box::new(Decoding::new(model, draft, &batch.kind.options, false)?),
+        };
+        loop {
+            batch.admit(&mut decoding);
+            if !batch.state().expects(*first) {
+                break;
             }
-        })?;
+            let done = decoding.step(model, draft, pool, None)?;
+            batch.deliver(done);
+        }
         self.done = true;
         let mut state = batch.state();
         (state.led, state.decoding) = (false, Some(decoding));

@@ -8,6 +8,7 @@ use crate::form::Form;
 use crate::pools::Home;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
+use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use transformer_core::error::{Result, Shape};
 use transformer_core::rng::Key;
@@ -316,9 +317,10 @@ impl<T: Real> Walk for Recorded<T> {
             }
             let layout = Arc::clone(weights.params.layout());
             drop(weights);
-            // The weights of a function are arguments of it.
+            // The weights of a function are arguments of it, those of a layer f32.
             let named = if self.named {
-                T::gradients(LayerGrads { layout, grads: Some(grads), home: self.home.clone() })
+                let of: Box<dyn Any> = Box::new(LayerGrads { layout, grads: Some(grads), home: self.home.clone() });
+                of.downcast().ok().map(|of| Gradients { of: *of })
             } else {
                 grads.release(&mut self.tape.pool);
                 None

@@ -1,7 +1,7 @@
 //! Decoding: options from Python, hypotheses to Python, and decodings that Python advances step by step.
 
 use crate::arrays::{to_array, with_slice};
-use crate::batching;
+use crate::batching::{Kind, Turn};
 use crate::door;
 use crate::errors::{DTypeError, ShapeError, raise};
 use crate::model::{Model, Sequences};
@@ -107,7 +107,7 @@ impl Settings {
 }
 
 /// Reads the weights of a model and of its draft, with a pool of buffers.
-pub fn read<R>(
+fn read<R>(
     model: &Model,
     draft: Option<&Model>,
     work: impl FnOnce(Loaded<'_>, Option<Loaded<'_>>, &mut Pool<f32>) -> Result<R>,
@@ -185,6 +185,36 @@ fn found<'py>(py: Python<'py>, hypotheses: Vec<Hypothesis>, k: usize) -> PyResul
     hypotheses.into_iter().map(give).collect()
 }
 
+/// The best hypotheses of every source, decoded together with what others ask for; `None` says to decode alone.
+fn together(
+    py: Python<'_>,
+    model: &Model,
+    draft: Option<&Model>,
+    src: &Sequences,
+    options: &GenerateOptions,
+) -> PyResult<Option<Vec<Vec<Hypothesis>>>> {
+    let plans = options.plans(model.layers.config(), &src.rows(), 0..).map_err(raise)?;
+    let address = draft.map(|draft| std::ptr::from_ref(draft).addr());
+    let kind = Kind::new(options, address, door::context_limit(py)?);
+    let Some(caller) = model.batches.join(kind, plans, &src.ids) else { return Ok(None) };
+    loop {
+        match door::wait(py, |patience| caller.turn(patience))? {
+            Turn::Done(answers) => return Ok(Some(answers)),
+            Turn::Alone => return Ok(None),
+            Turn::Lead(leader) => {
+                let lead = |model: Loaded<'_>, draft: Option<Loaded<'_>>, pool: &mut Pool<f32>| {
+                    leader.lead(model, draft, pool)
+                };
+                match door::run(py, || Ok(read(model, draft, lead)))? {
+                    Ok(()) => {}
+                    Err(error) if caller.is_the_only_one() => return Err(raise(error)),
+                    Err(_) => return Ok(None),
+                }
+            }
+        }
+    }
+}
+
 /// The best hypotheses of every source.
 pub fn hypotheses<'py>(
     py: Python<'py>,
@@ -194,11 +224,11 @@ pub fn hypotheses<'py>(
     settings: Settings,
 ) -> PyResult<Vec<Vec<Found<'py>>>> {
     let (options, function) = settings.split();
-    let together = match function {
-        None => batching::hypotheses(py, model, draft, src, &options)?,
+    let shared = match function {
+        None => together(py, model, draft, src, &options)?,
         Some(_) => None, // it is called on the calling thread alone
     };
-    let best = match together {
+    let best = match shared {
         Some(best) => best,
         None => run(py, function.as_ref(), None, |processor| {
             read(model, draft, |model, draft, pool| {
