@@ -23,7 +23,7 @@ from benches.common import (
     table,
     take_turns,
     times_text,
-)  # fmt: skip
+)
 
 VOCAB, D_MODEL, HEADS, LAYERS, D_FF, CLASSES, POSITIONS = 30_522, 384, 12, 6, 1536, 2, 512
 DROPOUT, LR, CLIP = 0.1, 5e-5, 1.0

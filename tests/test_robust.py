@@ -234,6 +234,34 @@ def together(n, work):
     return results
 
 
+SOURCE = [[3, 4, 5, 6]]
+
+
+def say_while_training(say, n):
+    """Readers see the weights of one step or of another, never a mixture; training ends as it does alone."""
+    alone, model = model_of(), model_of()
+    seen, reference = {say(alone).tobytes()}, tr.Trainer(alone, seed=0)
+    for _ in range(15):
+        reference.step(SOURCE, SOURCE)
+        seen.add(say(alone).tobytes())
+    trainer, done = tr.Trainer(model, seed=0), threading.Event()
+
+    def work(i):
+        if i == 0:
+            try:
+                for _ in range(15):
+                    trainer.step(SOURCE, SOURCE)
+            finally:
+                done.set()
+        while not done.is_set():
+            assert say(model).tobytes() in seen
+            model.state_dict()
+
+    together(n, work)
+    for name, array in model.state_dict().items():
+        assert np.array_equal(array, alone.state_dict()[name])
+
+
 def test_eight_threads_on_one_model():
     model = model_of()
     sources = [[[3 + (i + j) % 15 for j in range(4 + i)]] for i in range(8)]
@@ -337,26 +365,7 @@ class TestCallsThatAreOneBatch:
 
     def test_weights_that_change_meanwhile(self):
         """Every answer is that of the weights of one step."""
-        alone, model = model_of(), model_of()
-        source = [[3, 4, 5, 6]]
-        say = lambda model: model.hypotheses(source, beam=2)[0][0].token_logprobs.tobytes()  # noqa: E731
-        seen, reference = {say(alone)}, tr.Trainer(alone, seed=0)
-        for _ in range(15):
-            reference.step(source, source)
-            seen.add(say(alone))
-        trainer, done = tr.Trainer(model, seed=0), threading.Event()
-
-        def work(i):
-            if i == 0:
-                try:
-                    for _ in range(15):
-                        trainer.step(source, source)
-                finally:
-                    done.set()
-            while not done.is_set():
-                assert say(model) in seen
-
-        together(6, work)
+        say_while_training(lambda model: model.hypotheses(SOURCE, beam=2)[0][0].token_logprobs, 6)
 
     @pytest.mark.parametrize("first", ["main", "others"])
     def test_ctrl_c_ends_one_call_and_the_others_go_on(self, first):
@@ -407,30 +416,7 @@ class TestCallsThatAreOneBatch:
 
 
 def test_reading_while_training():
-    """Readers see the weights of one step or of another, never a mixture; training ends as it does alone."""
-    alone, model = model_of(), model_of()
-    source = [[3, 4, 5, 6]]
-    seen = {model.score(source, source)[0].tobytes()}
-    reference = tr.Trainer(alone, seed=0)
-    for _ in range(15):
-        reference.step(source, source)
-        seen.add(alone.score(source, source)[0].tobytes())
-    trainer, done = tr.Trainer(model, seed=0), threading.Event()
-
-    def work(i):
-        if i == 0:
-            try:
-                for _ in range(15):
-                    trainer.step(source, source)
-            finally:
-                done.set()
-        while not done.is_set():
-            assert model.score(source, source)[0].tobytes() in seen
-            model.state_dict()
-
-    together(4, work)
-    for name, array in model.state_dict().items():
-        assert np.array_equal(array, alone.state_dict()[name])
+    say_while_training(lambda model: model.score(SOURCE, SOURCE)[0], 4)
 
 
 def test_two_trainers_at_once_take_turns():

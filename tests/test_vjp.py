@@ -188,20 +188,24 @@ def test_what_is_not_used_is_freed():
     assert grown < 100_000, f"{grown} KiB more after 30 calls of 8 MiB"
 
 
-def test_a_pullback_that_nobody_calls_gives_its_memory_back():
+def page_faults(call, times):
+    """Of one call, once three have been made."""
     resource = pytest.importorskip("resource", reason="only Unix counts page faults")
-    norm, x = tr.nn.LayerNorm(2200), rng.standard_normal((1000, 2200), dtype=np.float32)
     for _ in range(3):
-        tr.vjp(norm, x)
+        call()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        tr.vjp(norm, x)
-    faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20
+    for _ in range(times):
+        call()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / times
+
+
+def test_a_pullback_that_nobody_calls_gives_its_memory_back():
+    norm, x = tr.nn.LayerNorm(2200), rng.standard_normal((1000, 2200), dtype=np.float32)
+    faults = page_faults(lambda: tr.vjp(norm, x), 20)
     assert faults < 4, f"{faults} page faults for x and y of 9 MiB each, nine large pages or 4,400"
 
 
 def test_the_memory_of_dropped_arrays_is_used_again_and_that_of_held_ones_is_not():
-    resource = pytest.importorskip("resource", reason="only Unix counts page faults")
     q, k, v, dy = (rng.standard_normal((8, 8, 128, 64), dtype=np.float32) for _ in range(4))
 
     def call():
@@ -210,12 +214,7 @@ def test_the_memory_of_dropped_arrays_is_used_again_and_that_of_held_ones_is_not
 
     held = call()
     copies = [array.copy() for array in held]
-    for _ in range(3):
-        call()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        call()
-    faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10
+    faults = page_faults(call, 10)
     assert faults < 200, f"{faults} page faults for results of 8 MiB, 2,000 pages"
     for array in held:
         array += 1
@@ -224,7 +223,6 @@ def test_the_memory_of_dropped_arrays_is_used_again_and_that_of_held_ones_is_not
 
 
 def test_gradients_of_a_layer_use_the_memory_of_dropped_ones_and_held_ones_stay():
-    resource = pytest.importorskip("resource", reason="only Unix counts page faults")
     layer, x, dy = tr.nn.Linear(3000, 4000, bias=False, seed=0), np.ones((4, 3000)), rng.standard_normal((4, 4000))
 
     def call():
@@ -233,12 +231,7 @@ def test_gradients_of_a_layer_use_the_memory_of_dropped_ones_and_held_ones_stay(
         return pullback.gradients
 
     held = call(), call()
-    for _ in range(3):
-        call()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
-        call()
-    faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 5
+    faults = page_faults(call, 5)
     assert faults < 20, f"{faults} page faults for gradients of 46 MiB, 23 large pages or 12,000"
     for gradients in (*held, call()):
         np.testing.assert_allclose(gradients["weight"], np.outer(dy.sum(0), np.ones(3000)), rtol=1e-4, atol=1e-5)

@@ -107,15 +107,15 @@ class Gradients(Mapping[str, FloatArray]):
 
     def __init__(self, core: _core.Gradients | None) -> None:
         self._core = core
-        self._arrays: dict[str, FloatArray] = {}
+        self._arrays: Mapping[str, FloatArray] = {}
 
     def kept(self) -> _core.Gradients | None:
         """Give what the engine still has, for an optimiser of this package; None once the arrays were copied out."""
         return self._core
 
-    def _all(self) -> dict[str, FloatArray]:
+    def _all(self) -> Mapping[str, FloatArray]:
         if self._core is not None:
-            self._arrays, self._core = {**self._core.arrays()}, None
+            self._arrays, self._core = self._core.arrays(), None
         return self._arrays
 
     def __getitem__(self, name: str) -> FloatArray:

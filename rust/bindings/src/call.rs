@@ -353,7 +353,7 @@ pub struct LayerGrads<T: Real> {
 }
 
 impl<T: Real> LayerGrads<T> {
-    /// Whether they are those of parameters of this layout, made by this layer.
+    /// The gradients, if they are of parameters of this very layout.
     pub fn of(&self, params: &Params<T>) -> Option<&Grads<T>> {
         self.grads.as_ref().filter(|_| Arc::ptr_eq(&self.layout, params.layout()))
     }
