@@ -1,6 +1,7 @@
 """What users may pass: ids, lengths, floats of every kind."""
 
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -32,6 +33,19 @@ def test_a_list_is_ragged_and_an_array_is_padded():
     assert lists(padded) == [[1, 2, 3], [4]] and padded.width == 4
     strided = ids(np.asfortranarray([[1, 9, 2, 9], [4, 9, 0, 9]])[:, ::2])
     assert lists(strided) == [[1, 2], [4]]
+
+
+@pytest.mark.parametrize("options", [{}, {"pad_id": None}, {"lengths": [3] * 20_000 + [2]}])
+def test_one_long_sequence_makes_no_other_one_longer(options):
+    sequences = [np.array([3, 4, 5])] * 20_000 + [np.full(20_000, 3)]
+    tracemalloc.start()
+    try:
+        batch = ids(sequences, **options)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(batch.ids) == (60_002 if "lengths" in options else 80_000)
+    assert peak < 16 * 2**20  # a column of ids as wide as the longest would take 3 GiB
 
 
 def test_lengths_say_what_is_real():

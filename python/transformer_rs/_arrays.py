@@ -140,8 +140,12 @@ def check_range(op: str, name: str, ids: IntArray, vocabulary: int, rows: str = 
     if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
         first = np.argwhere((ids < 0) | (ids >= vocabulary))[0]
         place = f"row {first[0]}, column {first[1]}" if len(first) == 2 else f"{rows} {', '.join(map(str, first))}"
-        message = f"id {ids[tuple(first)]} at {place} is outside the vocabulary of {vocabulary}"
-        raise TokenOutOfRangeError(f"{op}: argument `{name}`: {message} (0 to {vocabulary - 1})")
+        raise _outside(op, name, ids[tuple(first)], place, vocabulary)
+
+
+def _outside(op: str, name: str, token: int, place: str, vocabulary: int) -> TokenOutOfRangeError:
+    message = f"id {token} at {place} is outside the vocabulary of {vocabulary} (0 to {vocabulary - 1})"
+    return TokenOutOfRangeError(f"{op}: argument `{name}`: {message}")
 
 
 def cut(rows: NDArray[Any], lengths: NDArray[Any]) -> list[NDArray[Any]]:
@@ -222,8 +226,7 @@ def as_ids(
     if is_list(value):
         given = [_sequence(op, name, i, sequence) for i, sequence in enumerate(value)]
         wide = np.array([len(sequence) for sequence in given], np.int64)
-        padded = np.zeros((len(given), int(wide.max(initial=0))), np.int64)
-        padded[np.arange(padded.shape[1]) < wide[:, None]] = np.concatenate([np.zeros(0, np.int64), *given])
+        ids = np.concatenate([np.zeros(0, np.int64), *given])
         width = None
     else:
         if isinstance(value, str | bytes) or not (hasattr(value, "__array__") or hasattr(value, "__dlpack__")):
@@ -237,19 +240,23 @@ def as_ids(
             raise ShapeError(f"{op}: argument `{name}`: {message}")
         width = padded.shape[1]
         wide = np.full(len(padded), width, np.int64)
-    if len(padded) == 0:
+        ids = padded.ravel()
+    if len(wide) == 0:
         raise ShapeError(f"{op}: argument `{name}`: the batch is empty; pass at least one sequence")
+    # Where each id stands: nothing is as wide as the longest sequence.
+    rows = np.repeat(np.arange(len(wide)), wide)
+    columns = np.arange(len(ids)) - np.repeat(np.cumsum(wide) - wide, wide)
     if lengths is not None:
-        real = as_lengths(op, lengths_name, lengths, len(padded), padded.shape[1], empty)
+        real = as_lengths(op, lengths_name, lengths, len(wide), int(wide.max()), empty)
         for row in np.flatnonzero(real > wide)[:1]:
             message = f"got {real[row]} for row {row}, whose sequence has {wide[row]} ids"
             raise ShapeError(f"{op}: argument `{lengths_name}`: {message}")
     elif pad_id is not None:
-        inside = np.arange(padded.shape[1]) < wide[:, None]
-        tokens = inside & (padded != pad_id)
-        real = np.where(tokens, np.arange(1, padded.shape[1] + 1), 0).max(1, initial=0)
-        for row, column in np.argwhere(~tokens & (np.arange(padded.shape[1]) < real[:, None]))[:1]:
-            message = f"pad_id {pad_id} stands inside a sequence, at row {row}, column {column}"
+        tokens = np.flatnonzero(ids != pad_id)
+        real = np.zeros(len(wide), np.int64)
+        real[rows[tokens]] = columns[tokens] + 1  # of those in a row the last one counts
+        for place in np.flatnonzero((ids == pad_id) & (columns < real[rows]))[:1]:
+            message = f"pad_id {pad_id} stands inside a sequence, at row {rows[place]}, column {columns[place]}"
             raise ShapeError(
                 f"{op}: argument `{name}`: {message}; it may stand at the end alone, or pass {lengths_name}="
             )
@@ -258,9 +265,10 @@ def as_ids(
     if not empty:
         for row in np.flatnonzero(real == 0)[:1]:
             raise ShapeError(f"{op}: argument `{name}`: row {row} has no ids; every sequence needs one at least")
-    keep = np.arange(padded.shape[1]) < real[:, None]
-    check_range(op, name, np.where(keep, padded, 0), vocabulary)
-    return Ids(real, width, padded[keep])
+    keep = columns < real[rows]
+    for place in np.flatnonzero(keep & ((ids < 0) | (ids >= vocabulary)))[:1]:
+        raise _outside(op, name, ids[place], f"row {rows[place]}, column {columns[place]}", vocabulary)
+    return Ids(real, width, ids[keep])
 
 
 def _sequence(op: str, name: str, i: int, sequence: Any) -> IntArray:
