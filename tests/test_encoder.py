@@ -391,6 +391,21 @@ class TestBert:
             with pytest.raises(error, match=text):
                 call()
 
+    def test_a_text_may_name_the_padding_token(self, state, tmp_path):
+        bert = tr.Bert.from_pretrained(write_folder(tmp_path, state))
+
+        class Words:
+            def encode(self, text):
+                return [0 if word == "[PAD]" else 1 + len(word) for word in text.split()]
+
+        texts, ids = ["a [PAD] b", "one two", "a [PAD]"], [[2, 0, 2], [4, 4], [2, 0]]
+        assert bert.config.pad_id == 0
+        for call in (bert.embed, bert):
+            for text, tokens in zip(call(texts, tokenizer=Words()), call(ids, lengths=[3, 2, 2]), strict=True):
+                assert_same(text, tokens)
+        with pytest.raises(tr.ShapeError, match=r"`texts\[1\]`: the tokenizer gives no ids for ''"):
+            bert.embed(["a", ""], tokenizer=Words())
+
     def test_without_the_extra_it_is_named(self, state, tmp_path, monkeypatch):
         folder = write_folder(tmp_path, state)
         (folder / "tokenizer.json").write_text("{}")

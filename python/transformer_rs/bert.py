@@ -168,7 +168,8 @@ class Bert(EncoderModel):
         >>> bert.embed([[5, 6, 7], [8]]).shape
         (2, 32)
         """
-        ids, types = self._tokenized(f"{type(self).__name__}.embed", texts, tokenizer, token_types, lengths)
+        op = f"{type(self).__name__}.embed"
+        ids, types, lengths = self._tokenized(op, texts, tokenizer, token_types, lengths)
         forward: Forward = _embed_ids(
             self, ids, token_types=types, lengths=lengths, pooling=pooling, normalize=normalize, training=training,
             seed=seed,
@@ -202,7 +203,7 @@ class Bert(EncoderModel):
         >>> [hidden.shape for hidden in bert([[5, 6, 7], [8]])]
         [(3, 32), (1, 32)]
         """
-        ids, types = self._tokenized(type(self).__name__, texts, tokenizer, token_types, lengths)
+        ids, types, lengths = self._tokenized(type(self).__name__, texts, tokenizer, token_types, lengths)
         forward: Forward = _call_ids(self, ids, token_types=types, lengths=lengths, training=training, seed=seed)
         return forward
 
@@ -233,12 +234,13 @@ class Bert(EncoderModel):
         >>> tr.Bert(config, seed=0).logits([[5, 6, 7], [8]]).shape
         (2, 5)
         """
-        ids, types = self._tokenized(f"{type(self).__name__}.logits", texts, tokenizer, token_types, lengths)
+        op = f"{type(self).__name__}.logits"
+        ids, types, lengths = self._tokenized(op, texts, tokenizer, token_types, lengths)
         forward: Forward = _logits_of_ids(self, ids, token_types=types, lengths=lengths, training=training, seed=seed)
         return forward
 
-    def _tokenized(self, op: str, texts: Any, tokenizer: Any, token_types: Any, lengths: Any) -> tuple[Any, Any]:
-        """Ids and token types of texts; of ids, what was given."""
+    def _tokenized(self, op: str, texts: Any, tokenizer: Any, token_types: Any, lengths: Any) -> tuple[Any, Any, Any]:
+        """Ids, token types and lengths of texts; of ids, what was given."""
         if isinstance(texts, str):
             raise ShapeError(f"{op}: argument `texts`: expected a list of texts, got one text; pass [text]")
         if is_list(texts) and any(isinstance(text, str) for text in texts):
@@ -248,9 +250,9 @@ class Bert(EncoderModel):
             return self._tokenize(op, list(texts), tokenizer)
         if tokenizer is not None:
             raise ConfigError(f"{op}: argument `tokenizer`: these are ids, no texts; leave it out")
-        return texts, token_types
+        return texts, token_types, lengths
 
-    def _tokenize(self, op: str, texts: list[Any], tokenizer: Any) -> tuple[list[Any], list[Any] | None]:
+    def _tokenize(self, op: str, texts: list[Any], tokenizer: Any) -> tuple[list[Any], list[Any] | None, list[int]]:
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 message = f"expected a text as the others, got {type(text).__name__}"
@@ -261,13 +263,16 @@ class Bert(EncoderModel):
             raise DTypeError(f"{op}: argument `tokenizer`: {message}")
         ids: list[Any] = []
         types: list[Any] = []
-        for text in texts:
+        for i, text in enumerate(texts):
             found = tokenizer.encode(text)
             one = np.asarray(getattr(found, "ids", found), np.int64)
             real = np.asarray(getattr(found, "attention_mask", np.ones(len(one))), bool)
             ids.append(one[real])
+            if not len(ids[-1]):
+                raise ShapeError(f"{op}: argument `texts[{i}]`: the tokenizer gives no ids for {text!r}; leave it out")
             types.append(np.asarray(getattr(found, "type_ids", np.zeros(len(one))), np.int64)[real])
-        return ids, types if self._config.token_types else None
+        # The mask has said what is padding: elsewhere a pad_id is a token that the text names.
+        return ids, types if self._config.token_types else None, [len(one) for one in ids]
 
     def _own_tokenizer(self, op: str) -> Any:
         """The tokenizer of the folder."""
