@@ -352,6 +352,29 @@ class TestBert:
         with pytest.raises(tr.StorageError, match=r"model\.safetensors"):
             tr.Bert.from_pretrained(folder)
 
+    @pytest.mark.parametrize(
+        ("file", "text", "expected"),
+        [
+            ("config.json", "[]", "config.json: expected an object, got list"),
+            ("1_Pooling/config.json", "[]", "1_Pooling/config.json: expected an object, got list"),
+            ("modules.json", '{"a": 1}', "modules.json: expected a list, got dict"),
+            ("modules.json", "[1]", "modules.json: expected a list of objects"),
+            ("sentence_bert_config.json", "3", "sentence_bert_config.json: expected an object, got int"),
+            ("sentence_bert_config.json", '{"max_seq_length": "9"}', "max_seq_length: expected a whole number from 1"),
+            ("tokenizer.json", "{}", "tokenizer.json: "),
+        ],
+    )
+    def test_json_of_another_kind_is_refused(self, state, tmp_path, file, text, expected):
+        pytest.importorskip("tokenizers", reason="not installed: pip install tokenizers")
+        folder = write_folder(tmp_path, state)
+        (folder / "tokenizer.json").write_text('{"model": {"type": "WordLevel", "vocab": {"a": 1}, "unk_token": "a"}}')
+        assert tr.Bert.from_pretrained(folder).embed(["a"]).shape == (1, 16)
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(text)
+        with pytest.raises(tr.CheckpointError) as caught:
+            tr.Bert.from_pretrained(folder).embed(["a"])
+        assert expected in str(caught.value) and str(folder) in str(caught.value)
+
     def test_texts_go_through_any_tokenizer(self, state, tmp_path):
         bert = tr.Bert.from_pretrained(write_folder(tmp_path, state))
 

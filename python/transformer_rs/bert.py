@@ -75,8 +75,9 @@ class Bert(EncoderModel):
     ) -> B:
         """Read ``config.json`` and ``model.safetensors`` of a BERT, as Hugging Face writes them.
 
-        The pooler and the heads of pre-training are not read. Where the folder is a sentence encoder
-        (``1_Pooling/config.json``, ``modules.json``), its pooling and its normalisation are taken over.
+        The pooler and the heads of pre-training are not read, nor heads of other tasks: a fine-tuned classifier loses its
+        head. Where the folder is a sentence encoder (``1_Pooling/config.json``, ``modules.json``), its pooling and its
+        normalisation are taken over.
 
         Args:
             folder: Where the files are.
@@ -161,6 +162,7 @@ class Bert(EncoderModel):
         Raises:
             ConfigError: Texts without a tokenizer, or with ``lengths`` or ``token_types``; ids with a tokenizer.
             DTypeError: Texts mixed with something else.
+            CheckpointError: A ``tokenizer.json`` that is damaged.
             ImportError: The extra is not installed.
 
         >>> import transformer_rs as tr
@@ -287,10 +289,16 @@ class Bert(EncoderModel):
             except ImportError as error:
                 message = "texts need tokenizers: pip install 'transformer_rs[tokenizers]', or pass tokenizer="
                 raise ImportError(f"{op}: {message}") from error
-            tokenizer = Tokenizer.from_file(file)
-            limit = _json(op, os.path.join(folder, "sentence_bert_config.json"), {}).get("max_seq_length")
+            place = os.path.join(folder, "sentence_bert_config.json")
+            limit = _json(op, place, dict).get("max_seq_length") or self._config.max_positions or 512
+            if not isinstance(limit, int) or limit < 1:
+                raise CheckpointError(f"{op}: {place}: max_seq_length: expected a whole number from 1, got {limit!r}")
+            try:
+                tokenizer = Tokenizer.from_file(file)
+            except Exception as error:  # it has no kind of its own
+                raise CheckpointError(f"{op}: {file}: {error}") from None
             tokenizer.no_padding()
-            tokenizer.enable_truncation(limit or self._config.max_positions or 512)
+            tokenizer.enable_truncation(limit)
             self._tokenizer = tokenizer
         return self._tokenizer
 
@@ -309,27 +317,27 @@ _call_ids = EncoderModel.__call__.__wrapped__  # type: ignore[attr-defined]
 _logits_of_ids = EncoderModel.logits.__wrapped__  # type: ignore[attr-defined]
 
 
-def _json(op: str, path: str, default: Any = None) -> Any:
-    """What a JSON file holds; `default`, if there is one, where there is no file."""
+def _json(op: str, path: str, kind: type, needed: bool = False) -> Any:
+    """The object or the list that a JSON file holds, an empty one where a file that is not needed is missing."""
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError as error:
-        if default is not None:
-            return default
-        raise StorageError(f"{path}: {error.strerror}") from None
+            value = json.load(file)
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and not needed:
+            return kind()
         raise StorageError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise CheckpointError(f"{op}: {path}: not JSON: {error}") from None
+    if not isinstance(value, kind):
+        expected = "an object" if kind is dict else "a list"
+        raise CheckpointError(f"{op}: {path}: expected {expected}, got {type(value).__name__}")
+    return value
 
 
 def _config_of(op: str, folder: str) -> dict[str, Any]:
     """Our config's values from Hugging Face's."""
     place = os.path.join(folder, "config.json")
-    theirs = _json(op, place)
-    if not isinstance(theirs, dict):
-        raise CheckpointError(f"{op}: {place}: expected a JSON object")
+    theirs = _json(op, place, dict, needed=True)
     for key, expected in (
         ("model_type", ("bert",)),
         ("position_embedding_type", ("absolute", None)),
@@ -355,15 +363,17 @@ def _config_of(op: str, folder: str) -> dict[str, Any]:
         }
     except KeyError as error:
         raise CheckpointError(f"{op}: {place}: {error} is missing") from None
-    pooling = _json(op, os.path.join(folder, "1_Pooling", "config.json"), {})
+    pooling = _json(op, os.path.join(folder, "1_Pooling", "config.json"), dict)
     modes = [key for key, on in pooling.items() if key.startswith("pooling_mode_") and on is True]
     if modes:
         kinds = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
         if len(modes) > 1 or modes[0] not in kinds:
             raise UnsupportedError(f"{op}: {folder}/1_Pooling: {', '.join(modes)}; this reads {', '.join(kinds)}")
         values["pooling"] = kinds[modes[0]]
-    modules = [str(module.get("type", "")) for module in _json(op, os.path.join(folder, "modules.json"), [])]
-    values["normalize"] = any(name.endswith(".Normalize") for name in modules)
+    modules = _json(op, place := os.path.join(folder, "modules.json"), list)
+    if not all(isinstance(module, dict) for module in modules):
+        raise CheckpointError(f"{op}: {place}: expected a list of objects")
+    values["normalize"] = any(str(module.get("type")).endswith(".Normalize") for module in modules)
     return values
 
 
