@@ -1,6 +1,5 @@
 """What users pass, brought into the form the compiled part takes: C order, aligned, native f32, f64, int64 or bool."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -8,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ConfigError, DTypeError, ShapeError, TokenOutOfRangeError
+from .errors import DTypeError, ShapeError, TokenOutOfRangeError
 
 FloatArray: TypeAlias = NDArray[np.floating[Any]]
 """An array of f32 or f64."""
@@ -67,14 +66,6 @@ def as_weights(op: str, arrays: Any, precision: str) -> dict[str, NDArray[Any]]:
         return as_float(op, f"arrays[{name!r}]", value)
 
     return {str(name): one(name, value) for name, value in arrays.items()}
-
-
-def as_precision(op: str, value: Any, *allowed: str) -> str:
-    """One of the precisions that a model can be brought to."""
-    if value not in allowed:
-        expected = " or ".join(f'"{one}"' for one in allowed)
-        raise ConfigError(f"{op}: argument `precision`: expected {expected}, got {value!r}")
-    return str(value)
 
 
 def as_floats(
@@ -314,45 +305,6 @@ def as_rows(
         return array.reshape(n * width, d), Batch(np.full(n, width, np.int64), width)
     batch = Batch(as_lengths(op, lengths_name, lengths, n, width), width)
     return array[batch.keep], batch
-
-
-def as_number(op: str, name: str, value: Any) -> float:
-    """A real number that is no array."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise DTypeError(f"{op}: argument `{name}`: expected a number, got {type(value).__name__}")
-    return float(value)
-
-
-def as_positive(op: str, name: str, value: Any) -> float:
-    """A number above 0."""
-    number = as_number(op, name, value)
-    if not 0 < number < float("inf"):
-        raise ConfigError(f"{op}: argument `{name}`: expected a number above 0, got {number}")
-    return number
-
-
-def as_probability(op: str, name: str, value: Any) -> float:
-    """A number from 0, below 1."""
-    number = as_number(op, name, value)
-    if not 0 <= number < 1:
-        raise ConfigError(f"{op}: argument `{name}`: expected a probability, at least 0 and below 1, got {number}")
-    return number
-
-
-def as_size(op: str, name: str, value: Any, least: int = 1, most: int = 2**31 - 1) -> int:
-    """A whole number."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise DTypeError(f"{op}: argument `{name}`: expected a whole number, got {type(value).__name__}")
-    if not least <= value <= most:
-        raise ConfigError(f"{op}: argument `{name}`: expected {least} to {most}, got {value}")
-    return int(value)
-
-
-def as_seed(op: str, value: Any) -> int:
-    """A seed of 64 bits; fresh entropy for None."""
-    if value is None:
-        return int.from_bytes(os.urandom(8), "little")
-    return as_size(op, "seed", value, 0, 2**64 - 1)
 
 
 def as_mask(

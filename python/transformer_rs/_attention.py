@@ -5,20 +5,8 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from . import _core
-from ._arrays import (
-    ArrayLike,
-    FloatArray,
-    as_array,
-    as_floats,
-    as_ints,
-    as_lengths,
-    as_mask,
-    as_number,
-    as_probability,
-    as_seed,
-    four_axes,
-    not_a_mask,
-)
+from ._arrays import ArrayLike, FloatArray, as_array, as_floats, as_ints, as_lengths, as_mask, four_axes, not_a_mask
+from ._values import as_number, as_probability, as_seed
 from ._vjp import Forward, Recorded, differentiable
 from .errors import ConfigError, ShapeError
 

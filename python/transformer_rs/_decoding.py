@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from ._arrays import ArrayLike, Ids, IntArray, as_float, as_ints, as_number, as_seed, as_size, check_range
+from ._arrays import ArrayLike, Ids, IntArray, as_float, as_ints, check_range
 from ._sequences import same_batch, targets
-from ._values import as_finite, maybe_size, nearest
+from ._values import as_finite, as_number, as_seed, as_size, maybe_size, nearest
 from .config import TransformerConfig
 from .errors import ConfigError, DTypeError, ShapeError
 

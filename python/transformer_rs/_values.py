@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
-from ._arrays import as_number, as_size
+import numpy as np
+
 from .errors import ConfigError, DTypeError, TransformerRsError
 
 
@@ -26,9 +28,14 @@ class named:
             raise type(error)(f"{self.op}: {error}") from None
 
 
-def maybe_size(op: str, name: str, value: Any, least: int = 0) -> int | None:
-    """A whole number, or None."""
-    return None if value is None else as_size(op, name, value, least)
+def as_number(op: str, name: str, value: Any) -> float:
+    """A real number that is no array."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise DTypeError(f"{op}: argument `{name}`: expected a number, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(f"{op}: argument `{name}`: expected a number below 1.8e308, got a larger one") from None
 
 
 def as_finite(op: str, name: str, value: Any) -> float:
@@ -37,6 +44,61 @@ def as_finite(op: str, name: str, value: Any) -> float:
     if not math.isfinite(number):
         raise ConfigError(f"{op}: argument `{name}`: expected a finite number, got {number}")
     return number
+
+
+def as_positive(op: str, name: str, value: Any) -> float:
+    """A number above 0."""
+    number = as_number(op, name, value)
+    if not 0 < number < float("inf"):
+        raise ConfigError(f"{op}: argument `{name}`: expected a number above 0, got {number}")
+    return number
+
+
+def as_probability(op: str, name: str, value: Any) -> float:
+    """A number from 0, below 1."""
+    number = as_number(op, name, value)
+    if not 0 <= number < 1:
+        raise ConfigError(f"{op}: argument `{name}`: expected a probability, at least 0 and below 1, got {number}")
+    return number
+
+
+def as_size(op: str, name: str, value: Any, least: int = 1, most: int = 2**31 - 1) -> int:
+    """A whole number."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise DTypeError(f"{op}: argument `{name}`: expected a whole number, got {type(value).__name__}")
+    if not least <= value <= most:
+        raise ConfigError(f"{op}: argument `{name}`: expected {least} to {most}, got {value}")
+    return int(value)
+
+
+def maybe_size(op: str, name: str, value: Any, least: int = 0) -> int | None:
+    """A whole number, or None."""
+    return None if value is None else as_size(op, name, value, least)
+
+
+def as_seed(op: str, value: Any) -> int:
+    """A seed of 64 bits; fresh entropy for None."""
+    if value is None:
+        return int.from_bytes(os.urandom(8), "little")
+    return as_size(op, "seed", value, 0, 2**64 - 1)
+
+
+def flag(op: str, name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise DTypeError(f"{op}: argument `{name}`: expected True or False, got {value!r}")
+    return bool(value)
+
+
+def choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """One of some texts."""
+    if not isinstance(value, str) or value not in choices:
+        *most, last = (f'"{one}"' for one in choices)
+        expected = f"{', '.join(most)} or {last}" if most else last
+        near = nearest(str(value), choices, 0.6)
+        hint = f'; did you mean "{near}"?' if near else ""
+        raise ConfigError(f"{op}: argument `{name}`: expected {expected}, got {value!r}{hint}")
+    return value
 
 
 def as_texts(op: str, name: str, value: Any) -> tuple[str, ...]:

@@ -7,12 +7,12 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from . import _core
-from ._arrays import ArrayLike, FloatArray, Ids, as_ids, as_precision, is_list
+from ._arrays import ArrayLike, FloatArray, Ids, as_ids, is_list
 from ._config import Activation, Checked, Norm
-from ._values import named
+from ._values import choice, flag, named
 from ._vjp import Forward, Recorded, method
 from .errors import ConfigError, DTypeError, ShapeError
-from .nn._layer import Layer, choice, flag
+from .nn._layer import Layer
 
 __all__ = ["EncoderConfig", "EncoderModel"]
 
@@ -167,7 +167,7 @@ class EncoderModel(Layer):
         ('int8', True)
         """
         op = f"{type(self).__name__}.quantize"
-        return self._like(self._core.convert_encoder(as_precision(op, precision, "int8")))
+        return self._like(self._core.convert_encoder(choice(op, "precision", precision, ("int8",))))
 
     def astype(self: M, precision: Literal["f32", "bf16"]) -> M:
         """Make a model whose matrices are kept in another precision; this one stays as it is.
@@ -192,7 +192,7 @@ class EncoderModel(Layer):
         ('bf16', True)
         """
         op = f"{type(self).__name__}.astype"
-        return self._like(self._core.convert_encoder(as_precision(op, precision, "f32", "bf16")))
+        return self._like(self._core.convert_encoder(choice(op, "precision", precision, ("f32", "bf16"))))
 
     def _like(self: M, core: _core.Layer) -> M:
         """A model with other weights that is otherwise as this one."""

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from . import _core
-from ._arrays import as_size
 from ._sequences import Pairs
-from ._values import as_finite, maybe_size
+from ._values import as_finite, as_size, maybe_size
 from .errors import ConfigError, DTypeError
 from .schedules import Cosine, Linear
 

@@ -10,17 +10,9 @@ from typing import Literal
 import numpy as np
 
 from . import _core
-from ._arrays import (
-    ArrayLike,
-    as_floats,
-    as_ints,
-    as_number,
-    as_positive,
-    as_probability,
-    as_seed,
-    check_range,
-)
+from ._arrays import ArrayLike, as_floats, as_ints, check_range
 from ._attention import attention
+from ._values import as_number, as_positive, as_probability, as_seed, choice
 from ._vjp import Forward, differentiable, of_arrays
 from .errors import ConfigError, ShapeError
 
@@ -244,9 +236,8 @@ def gelu(x: ArrayLike, *, approximate: Literal["none", "tanh"] = "none") -> Forw
     >>> tr.functional.gelu(np.array([1.0]), approximate="tanh").round(4)
     array([0.8412])
     """
-    if approximate not in ("none", "tanh"):
-        raise ConfigError(f'gelu: argument `approximate`: expected "none" or "tanh", got {approximate!r}')
-    return _activation("gelu_tanh" if approximate == "tanh" else "gelu", "gelu", x)
+    kind = choice("gelu", "approximate", approximate, ("none", "tanh"))
+    return _activation("gelu_tanh" if kind == "tanh" else "gelu", "gelu", x)
 
 
 @differentiable
@@ -427,8 +418,7 @@ def cross_entropy(
     smoothing = as_number(op, "label_smoothing", label_smoothing)
     if not 0 <= smoothing <= 1:
         raise ConfigError(f"{op}: argument `label_smoothing`: expected a share from 0 to 1, got {smoothing}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ConfigError(f'{op}: argument `reduction`: expected "mean", "sum" or "none", got {reduction!r}')
+    over = choice(op, "reduction", reduction, ("mean", "sum", "none"))
     if logits.ndim == 0 or index.shape != logits.shape[:-1]:
         message = f"expected the leading shape of logits, {logits.shape[:-1]}, got {index.shape}"
         raise ShapeError(f"{op}: argument `targets`: {message}")
@@ -438,4 +428,4 @@ def cross_entropy(
         index = np.where(ignored, -1, index)
     else:
         check_range(op, "targets", index, logits.shape[-1])
-    return of_arrays(lambda gradients: _core.cross_entropy(gradients, logits, index, smoothing, reduction))
+    return of_arrays(lambda gradients: _core.cross_entropy(gradients, logits, index, smoothing, over))

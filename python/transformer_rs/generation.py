@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from ._arrays import ArrayLike, Ids, IntArray, as_size
+from ._arrays import ArrayLike, Ids, IntArray
 from ._decoding import DecodingOptions, settings
 from ._sequences import sources
-from ._values import named
+from ._values import as_size, named
 from .config import TransformerConfig
 from .errors import ConfigError
 from .hypothesis import Alternatives, Hypothesis

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from . import _core
-from ._arrays import as_size
-from ._values import as_finite, as_json, maybe_size
+from ._values import as_finite, as_json, as_size, maybe_size
 
 __all__ = ["Constant", "Cosine", "Linear", "Noam", "Schedule", "paper_lr"]
 

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from . import _core, fitting
-from ._arrays import ArrayLike, as_float, as_seed, as_size
+from ._arrays import ArrayLike, as_float
 from ._sequences import Packed, Pairs, pack
-from ._values import as_finite, as_json, as_texts, named
+from ._values import as_finite, as_json, as_seed, as_size, as_texts, named
 from .errors import ConfigError, DTypeError
 from .optimizers import AdamW, Optimizer, _optimizer
 from .schedules import Constant, Schedule, _schedule

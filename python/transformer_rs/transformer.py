@@ -9,19 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from ._arrays import (
-    ArrayLike,
-    Batch,
-    FloatArray,
-    as_bool,
-    as_ids,
-    as_precision,
-    as_seed,
-    as_weights,
-    cut,
-)
+from ._arrays import ArrayLike, Batch, FloatArray, as_bool, as_ids, as_weights, cut
 from ._sequences import same_batch, sources, targets
-from ._values import named
+from ._values import as_seed, choice, named
 from .config import TransformerConfig
 from .errors import DTypeError, ShapeError, UnsupportedError
 from .generation import Generation
@@ -135,7 +125,9 @@ class Transformer(Generation):
         >>> [ids.tolist() for ids in small.generate([[3, 4, 5]])] == [ids.tolist() for ids in model.generate([[3, 4, 5]])]
         True
         """
-        return type(self)._of(self._core.convert(as_precision("Transformer.quantize", precision, "int8")), self._seed)
+        return type(self)._of(
+            self._core.convert(choice("Transformer.quantize", "precision", precision, ("int8",))), self._seed
+        )
 
     def astype(self, precision: Literal["f32", "bf16"]) -> "Transformer":
         """Make a model whose matrices are kept in another precision; this one stays as it is.
@@ -167,7 +159,7 @@ class Transformer(Generation):
         True
         """
         return type(self)._of(
-            self._core.convert(as_precision("Transformer.astype", precision, "f32", "bf16")), self._seed
+            self._core.convert(choice("Transformer.astype", "precision", precision, ("f32", "bf16"))), self._seed
         )
 
     @property

@@ -3,11 +3,12 @@
 from typing import Any, ClassVar
 
 from .. import _core
-from .._arrays import ArrayLike, as_positive, as_probability, as_size
+from .._arrays import ArrayLike
 from .._config import Activation, Norm
+from .._values import as_positive, as_probability, as_size, choice, flag
 from .._vjp import Forward, method
 from ..errors import DTypeError
-from ._layer import ACTIVATIONS, NORMS, Layer, choice, flag
+from ._layer import ACTIVATIONS, NORMS, Layer
 
 
 class _Block(Layer):

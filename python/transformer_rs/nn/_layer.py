@@ -7,37 +7,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core
-from .._arrays import (
-    ArrayLike,
-    Batch,
-    FloatArray,
-    as_float,
-    as_mask,
-    as_rows,
-    as_seed,
-    as_weights,
-    is_list,
-    not_a_mask,
-)
+from .._arrays import ArrayLike, Batch, FloatArray, as_float, as_mask, as_rows, as_weights, is_list, not_a_mask
 from .._config import Activation, Norm
-from .._values import named, nearest
+from .._values import as_seed, flag, named
 from .._vjp import Forward, Recorded
-from ..errors import ConfigError, DTypeError, ShapeError
+from ..errors import ShapeError
 
 ACTIVATIONS, NORMS = get_args(Activation), get_args(Norm)
-
-
-def flag(op: str, name: str, value: Any) -> bool:
-    if not isinstance(value, bool | np.bool_):
-        raise DTypeError(f"{op}: argument `{name}`: expected True or False, got {value!r}")
-    return bool(value)
-
-
-def choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        near, expected = nearest(str(value), choices), ", ".join(f'"{choice}"' for choice in choices)
-        raise ConfigError(f'{op}: argument `{name}`: expected {expected}, got {value!r}; did you mean "{near}"?')
-    return str(value)
 
 
 class Layer:

@@ -1,15 +1,11 @@
 """Multi-head attention."""
 
 from .. import _core
-from .._arrays import (
-    ArrayLike,
-    as_number,
-    as_probability,
-    as_size,
-)
+from .._arrays import ArrayLike
+from .._values import as_number, as_probability, as_size, flag
 from .._vjp import Forward, method
 from ..errors import ConfigError
-from ._layer import Layer, flag
+from ._layer import Layer
 
 
 class MultiHeadAttention(Layer):

@@ -3,16 +3,11 @@
 import numpy as np
 
 from .. import _core
-from .._arrays import (
-    ArrayLike,
-    as_ids,
-    as_positive,
-    as_probability,
-    as_size,
-)
+from .._arrays import ArrayLike, as_ids
 from .._config import Activation
+from .._values import as_positive, as_probability, as_size, choice, flag
 from .._vjp import Forward, Recorded, method
-from ._layer import ACTIVATIONS, Layer, choice, flag
+from ._layer import ACTIVATIONS, Layer
 
 
 class Linear(Layer):
