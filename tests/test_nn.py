@@ -513,3 +513,25 @@ def test_buffers_are_used_again():
         use()
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 60_000, f"{grown} KiB more after 40 calls of 4 MiB"
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda update: update(lr=-1.0), tr.ConfigError, "SGD.update: argument `lr`: expected a finite number of at least"),
+        (lambda update: update(lr=1e39), tr.ConfigError, "SGD.update: argument `lr`: expected a number that f32 can hold"),
+        (lambda update: update(clip_norm=0), tr.ConfigError, "SGD.update: argument `clip_norm`: expected a number above 0"),
+        (lambda _: tr.AdamW(lr=1e39), tr.ConfigError, "AdamW: argument `lr`: expected a number that f32 can hold"),
+        (lambda _: tr.AdamW(eps=1e300), tr.ConfigError, "AdamW: argument `eps`: expected a number that f32 can hold"),
+        (lambda _: tr.Adam(lr=10**400), tr.ConfigError, "Adam: argument `lr`: expected a number below 1.8e308"),
+        (lambda _: tr.SGD(momentum=0.9, nesterov="no"), tr.DTypeError, "SGD: argument `nesterov`: expected True or False"),
+    ],
+)  # fmt: skip
+def test_settings_of_an_optimizer_are_checked(call, error, text):
+    layer = tr.nn.Linear(2, 1, seed=0)
+    grads = {name: np.ones_like(array) for name, array in layer.state_dict().items()}
+    with pytest.raises(error, match=re.escape(text)):
+        call(lambda **settings: tr.SGD(lr=0.1).update(layer, grads, **settings))
+    assert all(
+        (array == tr.nn.Linear(2, 1, seed=0).state_dict()[name]).all() for name, array in layer.state_dict().items()
+    )

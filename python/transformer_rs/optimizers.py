@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
+import numpy as np
+
 from . import _core
 from ._arrays import ArrayLike, as_float
-from ._values import as_finite, as_json, as_texts, named
+from ._values import as_finite, as_json, as_positive, as_texts, flag, named
 from ._vjp import Gradients
 from .errors import ConfigError, DTypeError
 
@@ -44,9 +46,9 @@ class Optimizer:
                     raise DTypeError(f"{op}: argument `betas`: expected two numbers, got {value!r}")
                 value = tuple(as_finite(op, name, beta) for beta in value)
             elif name == "nesterov":
-                value = bool(value)
+                value = flag(op, name, value)
             elif name != "kind":
-                value = as_finite(op, name, value)
+                value = _in_f32(op, name, value)
             if name != "kind":
                 object.__setattr__(self, name, value)
         object.__setattr__(self, "no_decay", as_texts(op, "no_decay", self.no_decay))
@@ -55,17 +57,17 @@ class Optimizer:
     def update(
         self, layer: Any, grads: Mapping[str, ArrayLike], *, lr: float | None = None, clip_norm: float | None = None
     ) -> None:
-        """Make one step on a layer of ``tr.nn``. The moments of each layer are kept here.
+        """Make one step on a layer. The moments of each layer are kept here.
 
         Args:
-            layer: A layer of ``tr.nn``.
+            layer: A layer of ``tr.nn``, a ``tr.EncoderModel`` or a ``tr.Bert``.
             grads: The gradient of every parameter by name, as ``pullback.gradients`` gives them (those are not copied
                 unless their arrays were looked at).
             lr: The learning rate of this step; None means ``self.lr``.
             clip_norm: The largest norm of the gradient (Pascanu et al. 2013); None does not clip.
 
         Raises:
-            ConfigError: A ``clip_norm`` that is not above 0.
+            ConfigError: A negative ``lr``, or a ``clip_norm`` that is not above 0.
             ShapeError: Names or shapes that are not the layer's.
             NonFiniteError: NaN or infinity in a gradient; nothing was changed.
 
@@ -84,7 +86,8 @@ class Optimizer:
         op = f"{type(self).__name__}.update"
         core = getattr(layer, "_core", None)
         if core is None:
-            raise DTypeError(f"{op}: argument `layer`: expected a layer of tr.nn, got {type(layer).__name__}")
+            message = f"expected a layer of tr.nn, a tr.EncoderModel or a tr.Bert, got {type(layer).__name__}"
+            raise DTypeError(f"{op}: argument `layer`: {message}")
         if isinstance(core, _core.Transformer):
             raise DTypeError(f"{op}: argument `layer`: a whole model is trained by tr.Trainer(model, optimizer=...)")
         if not isinstance(grads, Mapping):
@@ -93,10 +96,10 @@ class Optimizer:
             self._states[layer] = _core.OptimizerState(self._json(), list(self.no_decay))
         kept = grads.kept() if isinstance(grads, Gradients) else None
         given = kept or {str(name): as_float(op, f"grads[{name!r}]", value) for name, value in grads.items()}
-        rate = self.lr if lr is None else as_finite(op, "lr", lr)
-        clip = None if clip_norm is None else as_finite(op, "clip_norm", clip_norm)
-        if clip is not None and clip <= 0:
-            raise ConfigError(f"{op}: argument `clip_norm`: expected a finite number above 0, or none, got {clip_norm}")
+        rate = self.lr if lr is None else _in_f32(op, "lr", lr)
+        if rate < 0:
+            raise ConfigError(f"{op}: argument `lr`: expected a finite number of at least 0, got {rate}")
+        clip = None if clip_norm is None else as_positive(op, "clip_norm", clip_norm)
         with named(op):
             self._states[layer].update(core, given, rate, clip)
 
@@ -185,6 +188,14 @@ class SGD(Optimizer):
     momentum: float = 0.0
     weight_decay: float = 0.0
     nesterov: bool = False
+
+
+def _in_f32(op: str, name: str, value: Any) -> float:
+    """A number that the weights' arithmetic can hold."""
+    number = as_finite(op, name, value)
+    if abs(number) > float(np.finfo(np.float32).max):
+        raise ConfigError(f"{op}: argument `{name}`: expected a number that f32 can hold, at most 3.4e38, got {number}")
+    return number
 
 
 _KINDS: dict[str, type[Optimizer]] = {kind._kind: kind for kind in (AdamW, Adam, SGD)}
