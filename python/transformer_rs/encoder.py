@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from . import _core
-from ._arrays import ArrayLike, FloatArray, Ids, as_ids, is_list
+from ._arrays import ArrayLike, Ids, as_ids, is_list
 from ._config import Activation, Checked, Norm
 from ._values import choice, flag, named
 from ._vjp import Forward, Recorded, method
@@ -234,8 +234,8 @@ class EncoderModel(Layer):
         (2, 3, 32)
         """
         op = type(self).__name__
-        batch, types = self._read(op, ids, token_types, lengths)
-        return self._tokens(op, batch, types, self._seed_of(training, seed), False)
+        packed = self._read(op, ids, token_types, lengths)
+        return self._run(op, packed, self._seed_of(training, seed), per_token=True)
 
     @method
     def embed(
@@ -274,8 +274,8 @@ class EncoderModel(Layer):
         if kind == "none":
             raise ConfigError(f'{op}: argument `pooling`: expected "mean" or "cls", for the config says "none"')
         unit = self._config.normalize if normalize is None else flag(op, "normalize", normalize)
-        batch, types = self._read(op, ids, token_types, lengths)
-        return self._sequence_vectors(op, batch, types, key, kind, unit, False)
+        packed = self._read(op, ids, token_types, lengths)
+        return self._run(op, packed, key, per_token=False, kind=kind, unit=unit)
 
     @method
     def logits(
@@ -306,10 +306,8 @@ class EncoderModel(Layer):
         op, key = f"{type(self).__name__}.logits", self._seed_of(training, seed)
         if self._config.head is None:
             raise ConfigError(f"{op}: this model has no head; make it with head=(number of outputs) in its config")
-        batch, types = self._read(op, ids, token_types, lengths)
-        if self._config.pooling == "none":
-            return self._tokens(op, batch, types, key, True)
-        return self._sequence_vectors(op, batch, types, key, None, False, True)
+        packed = self._read(op, ids, token_types, lengths)
+        return self._run(op, packed, key, per_token=self._config.pooling == "none", logits=True)
 
     def _read(self, op: str, ids: Any, token_types: Any, lengths: Any) -> tuple[Ids, Any]:
         """Ids and their types, packed."""
@@ -324,35 +322,27 @@ class EncoderModel(Layer):
         types = as_ids(op, "token_types", token_types, vocabulary=config.token_types, lengths=batch.lengths)
         return batch, types.ids
 
-    def _encode(
+    def _run(
         self,
         op: str,
-        batch: Ids,
-        types: Any,
+        packed: tuple[Ids, Any],
         key: int | None,
-        gradients: int,
-        kind: str | None,
-        unit: bool,
-        logits: bool,
-    ) -> tuple[FloatArray, _core.Pullback | None]:
-        lengths = batch.lengths.tolist()
-        with named(op):
-            y, back = self._core.encode(gradients, key, batch.ids, types, lengths, kind, unit, logits)
-        return y, back
-
-    def _tokens(self, op: str, batch: Ids, types: Any, key: int | None, logits: bool) -> Forward:
-        def forward(gradients: int) -> Recorded:
-            y, back = self._encode(op, batch, types, key, gradients, None, False, logits)
-            return Recorded(batch.give_back(y), back, np.float32, batch.take)
-
-        return forward
-
-    def _sequence_vectors(
-        self, op: str, batch: Ids, types: Any, key: int | None, kind: str | None, unit: bool, logits: bool
+        *,
+        per_token: bool,
+        kind: str | None = None,
+        unit: bool = False,
+        logits: bool = False,
     ) -> Forward:
+        """A call on ids and their types: a row for each token, in the form of the ids, or for each sequence."""
+        batch, types = packed
+
         def forward(gradients: int) -> Recorded:
-            y, back = self._encode(op, batch, types, key, gradients, kind, unit, logits)
-            return Recorded(y, back, np.float32)
+            lengths = batch.lengths.tolist()
+            with named(op):
+                y, back = self._core.encode(gradients, key, batch.ids, types, lengths, kind, unit, logits)
+            if not per_token:
+                return Recorded(y, back, np.float32)
+            return Recorded(batch.give_back(y), back, np.float32, batch.take)
 
         return forward
 
