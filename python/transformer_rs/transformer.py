@@ -454,8 +454,7 @@ class Transformer(Generation):
         op = "Transformer.from_torch"
         modules = _torch.Modules(transformer, src_embedding, tgt_embedding, head, src_positions, tgt_positions)
         arrays = _torch.without(state, ignore)
-        model = cls(_torch.config_of(op, config, arrays, modules), seed=0)
-        model._seed = None
+        model = cls._of(_core.Transformer.blank(_torch.config_of(op, config, arrays, modules).to_json(), "f32"))
         model._core.load_state_dict(_torch.names(op, model._core, modules).ours(op, arrays))
         return model
 
