@@ -170,8 +170,7 @@ class Pullback:
         """
         recorded = self._recorded
         array = as_float("pullback", "dy", recorded.enter(dy), recorded.dtype)
-        if recorded.back is None:
-            raise PullbackError("pullback: it was not recorded")
+        assert recorded.back is not None  # `vjp` asks for a gradient at least
         gradients, named = recorded.back(array)
         self._gradients = Gradients(named)
         gradients += [None] * (self._count - len(gradients))
