@@ -103,7 +103,7 @@ class Transformer(Generation):
         needs calibration (Dettmers et al. 2022 call it vector-wise). Sums are exact, on every CPU, and a sequence's bits
         do not depend on what else is in the batch. The output projection is one of the linear maps. Embeddings become int8
         with a scale for each token. Learned positions, norms, and attention over keys and values stay f32. The model takes
-        a quarter of the memory, in files too. The result is not trained.
+        a quarter of the file and about a third of the memory. The result is not trained.
 
         Args:
             precision: ``"int8"``.
