@@ -24,7 +24,7 @@ def markdown(rows: list[Row], record: Row) -> list[str]:
     return [
         *step_table(rows),
         "",
-        "Useful FLOPs are those of real tokens. A row's ratio over that of the same step without padding, above, is what padding costs PyTorch.",
+        "Useful FLOPs are those of real tokens. For tiny, small and base a row's ratio over that of the same step without padding, above, is what padding costs PyTorch.",
     ]
 
 
