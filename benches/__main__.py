@@ -4,7 +4,7 @@
     python -m benches steps attention       # these sections alone; the others keep what was measured before
     python -m benches steps --only tiny --turns 16 --dry
 
-`avx2` and `finetune` run only where they are named. A section whose rival is not installed is skipped.
+`avx2`, `finetune` and `precision` run only where they are named. A section whose rival is not installed is skipped.
 A section is a module of this folder with a `SECTION`; what it writes goes between `<!-- name: begin -->` and `<!-- name: end -->`.
 """
 
@@ -28,6 +28,7 @@ from benches import (
     finetune,
     kernels,
     overhead,
+    precision,
     products,
     ragged,
     roofline,
@@ -52,6 +53,7 @@ MODULES = (
     overhead,
     kernels,
     finetune,
+    precision,
     workers,
     vs_ctranslate2,
     vs_onnxruntime,
@@ -124,7 +126,10 @@ def main() -> None:
     known = [section.name for section in SECTIONS]
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
-        "sections", nargs="*", metavar="SECTION", help=f"of {', '.join(known)}; default: all but avx2 and finetune"
+        "sections",
+        nargs="*",
+        metavar="SECTION",
+        help=f"of {', '.join(known)}; default: all but avx2, finetune and precision",
     )
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="measure these shapes alone; writes nothing"
