@@ -126,6 +126,13 @@ def test_a_window_is_read_ahead_and_no_more(workers):
     assert threading.active_count() == before
 
 
+@pytest.mark.parametrize(("inputs", "end"), [(SOURCES, "4/4"), (iter(SOURCES), "4 answers")])
+def test_a_bar_counts_the_answers_of_all_where_their_number_is_known(inputs, end, capsys):
+    pytest.importorskip("tqdm", reason="the progress bar: pip install tqdm")
+    assert len(list(talkative(7).generate_iter(inputs, max_len=3, progress=True))) == 4
+    assert end in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_is_wrong_with_an_input_is_said_with_its_number(workers):
     model = talkative(8)

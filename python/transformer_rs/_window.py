@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import numpy as np
@@ -39,13 +39,14 @@ class Window:
         if not (isinstance(progress, bool) or callable(progress)):
             raise DTypeError(f"{op}: argument `progress`: expected a bool or a function, got {type(progress).__name__}")
         self.op, self.config, self.max_tokens, self.progress = op, config, max_tokens, progress
+        self.total = len(inputs) if isinstance(inputs, Sized) else None
         self.inputs, self.engine = enumerate(inputs), _Workers(decoders) if len(decoders) > 1 else _Alone(decoders[0])
         self.lengths: dict[int, int] = {}
         self.tokens, self.more = 0, True
 
     def answers(self) -> Iterator[IntArray]:
         """All of them, in order."""
-        show = _Bar(self.op) if self.progress is True else self.progress or (lambda _: None)
+        show = _Bar(self.op, self.total) if self.progress is True else self.progress or (lambda _: None)
         ready: dict[int, IntArray] = {}
         given = 0
         try:
@@ -182,13 +183,13 @@ def _ids(done: list[tuple[int, list[Any]]]) -> _Done:
 class _Bar:
     """A bar on stderr that is told how many answers there are."""
 
-    def __init__(self, op: str) -> None:
+    def __init__(self, op: str, total: int | None) -> None:
         try:
             from tqdm import tqdm
         except ImportError:
             message = "progress=True needs tqdm: pip install 'transformer_rs[progress]'"
             raise ImportError(f"{op}: {message}") from None
-        self.bar = tqdm(unit=" answers", dynamic_ncols=True)
+        self.bar = tqdm(total=total, unit=" answers", dynamic_ncols=True)
 
     def __call__(self, given: int) -> None:
         self.bar.update(given - self.bar.n)
