@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from small_models import header_of, write
+from small_models import encoder, header_of, write
 
 import transformer_rs as tr
 
@@ -312,3 +313,17 @@ while True:
     assert (config, model) == ("config.json", "model.safetensors")
     # The plain name may have been that of a state whose model was not in place yet.
     assert re.fullmatch(rf"trainer-{reached + 1}(-\d+)?\.safetensors", state)
+
+
+def test_paths_of_any_kind_and_none(tmp_path):
+    model, encoder_model = model_of(), encoder()
+    trainer = tr.Trainer(model, seed=0)
+    for thing in (model, encoder_model, trainer):
+        load = type(thing).load
+        thing.save(os.fsencode(tmp_path / "bytes"))
+        assert isinstance(load(os.fsencode(tmp_path / "bytes")), type(thing))
+        for call in (thing.save, load):
+            with pytest.raises(tr.ConfigError, match="argument `folder`: expected a path, got an empty text"):
+                call("")
+            with pytest.raises(tr.DTypeError, match="argument `folder`: expected a path, got NoneType"):
+                call(None)

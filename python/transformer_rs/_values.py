@@ -83,6 +83,17 @@ def as_seed(op: str, value: Any) -> int:
     return as_size(op, "seed", value, 0, 2**64 - 1)
 
 
+def as_folder(op: str, value: Any) -> str:
+    """The path of a folder."""
+    try:
+        folder = os.fsdecode(value)
+    except TypeError:
+        raise DTypeError(f"{op}: argument `folder`: expected a path, got {type(value).__name__}") from None
+    if not folder:
+        raise ConfigError(f"{op}: argument `folder`: expected a path, got an empty text; the current folder is '.'")
+    return folder
+
+
 def flag(op: str, name: str, value: Any) -> bool:
     """True or False."""
     if not isinstance(value, bool | np.bool_):

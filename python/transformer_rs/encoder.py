@@ -9,7 +9,7 @@ import numpy as np
 from . import _core
 from ._arrays import ArrayLike, Ids, as_ids, is_list
 from ._config import Activation, Checked, Norm
-from ._values import choice, flag, named
+from ._values import as_folder, choice, flag, named
 from ._vjp import Forward, Recorded, method
 from .errors import ConfigError, DTypeError, ShapeError
 from .nn._layer import Layer
@@ -361,7 +361,7 @@ class EncoderModel(Layer):
         ...     bool((tr.EncoderModel.load(folder).embed([[5, 6]]) == model.embed([[5, 6]])).all())
         True
         """
-        self._core.save_encoder(os.fspath(folder))
+        self._core.save_encoder(as_folder(f"{type(self).__name__}.save", folder))
 
     @classmethod
     def load(cls: type[M], folder: "str | os.PathLike[str]") -> M:
@@ -377,7 +377,7 @@ class EncoderModel(Layer):
             ...
         transformer_rs.errors.StorageError: no/such/folder/model.safetensors: No such file or directory (os error 2)
         """
-        return cls._of(_core.Layer.load_encoder(os.fspath(folder)))
+        return cls._of(_core.Layer.load_encoder(as_folder(f"{cls.__name__}.load", folder)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the config and the weights."""

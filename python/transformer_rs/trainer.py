@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from . import _core, fitting
 from ._arrays import ArrayLike, as_float
 from ._sequences import Packed, Pairs, pack
-from ._values import as_finite, as_json, as_seed, as_size, as_texts, named
+from ._values import as_finite, as_folder, as_json, as_seed, as_size, as_texts, named
 from .errors import ConfigError, DTypeError
 from .optimizers import AdamW, Optimizer, _optimizer
 from .schedules import Constant, Schedule, _schedule
@@ -368,7 +368,7 @@ class Trainer:
         ...     sorted(os.listdir(folder))
         ['config.json', 'model.safetensors', 'trainer-0.safetensors']
         """
-        self._core.save(os.fspath(folder), as_json("Trainer.save", dataclasses.asdict(self._epoch)))
+        self._core.save(as_folder("Trainer.save", folder), as_json("Trainer.save", dataclasses.asdict(self._epoch)))
 
     @classmethod
     def load(cls, folder: "str | os.PathLike[str]") -> "Trainer":
@@ -390,7 +390,7 @@ class Trainer:
         >>> again.step(*batch) == trainer.step(*batch)
         True
         """
-        core, model, epoch = _core.Trainer.load(os.fspath(folder))
+        core, model, epoch = _core.Trainer.load(as_folder("Trainer.load", folder))
         settings = json.loads(core.config())
         trainer = cls.__new__(cls)
         trainer._core, trainer._settings = core, settings

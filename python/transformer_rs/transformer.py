@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from . import _core
 from ._arrays import ArrayLike, Batch, FloatArray, as_bool, as_ids, as_weights, cut
 from ._sequences import same_batch, sources, targets
-from ._values import as_seed, choice, named
+from ._values import as_folder, as_seed, choice, named
 from .config import TransformerConfig
 from .errors import DTypeError, ShapeError, UnsupportedError
 from .generation import Generation
@@ -392,7 +392,7 @@ class Transformer(Generation):
         ...     tr.Transformer.load(folder).config == config
         True
         """
-        self._core.save(os.fspath(folder))
+        self._core.save(as_folder("Transformer.save", folder))
 
     @classmethod
     def load(cls, folder: "str | os.PathLike[str]") -> "Transformer":
@@ -408,7 +408,7 @@ class Transformer(Generation):
             ...
         transformer_rs.errors.StorageError: no/such/folder/model.safetensors: No such file or directory (os error 2)
         """
-        return cls._of(_core.Transformer.load(os.fspath(folder)))
+        return cls._of(_core.Transformer.load(as_folder("Transformer.load", folder)))
 
     @classmethod
     def from_torch(
