@@ -3,7 +3,9 @@
 import copy
 import importlib.util
 import json
+import os
 import pickle
+import shutil
 import struct
 import sys
 import threading
@@ -435,9 +437,6 @@ class TestBert:
         monkeypatch.setitem(sys.modules, "tokenizers", None)
         bert = tr.Bert.from_pretrained(folder)
         bert.save(tmp_path / "saved")
-        with pytest.raises(tr.ConfigError, match=r"no tokenizer\.json beside the model"):
-            tr.Bert.load(tmp_path / "saved").embed(["text"])
-        (tmp_path / "saved" / "tokenizer.json").write_text("{}")
         for one in (bert, bert.quantize(), pickle.loads(pickle.dumps(bert)), tr.Bert.load(tmp_path / "saved")):
             with pytest.raises(ImportError, match=r"pip install 'transformer_rs\[tokenizers\]'"):
                 one.embed(["text"])
@@ -486,3 +485,106 @@ class TestMiniLM:
         from tokenizers import Tokenizer
 
         assert_same(bert.embed(texts, tokenizer=Tokenizer.from_file(str(folder / "tokenizer.json"))), vectors)
+
+
+WORDS = '{"model": {"type": "WordLevel", "vocab": {"a": 1, "b": 2}, "unk_token": "a"}}'
+LIMIT = '{"max_seq_length": 3, "do_lower_case": false}'
+
+
+class TestBertKeepsItsTokenizer:
+    @pytest.fixture
+    def bert(self, state, tmp_path):
+        pytest.importorskip("tokenizers", reason="not installed: pip install tokenizers")
+        folder = write_folder(tmp_path / "theirs", state)
+        (folder / "tokenizer.json").write_text(WORDS)
+        (folder / "sentence_bert_config.json").write_text(LIMIT)
+        return tr.Bert.from_pretrained(folder)
+
+    def test_a_saved_model_embeds_long_texts_alike(self, bert, tmp_path):
+        long = ["b a " * 4]
+        expected = bert.embed(long)
+        assert_same(expected, bert.embed(["b a b"]))
+        shutil.rmtree(tmp_path / "theirs")
+        for other in (
+            bert,
+            bert.quantize(),
+            bert.astype("bf16"),
+            pickle.loads(pickle.dumps(bert)),
+            copy.deepcopy(bert),
+        ):
+            folder = tmp_path / "saved"
+            other.save(folder)
+            other.save(folder)
+            assert_same(tr.Bert.load(folder).embed(long), other.embed(long))
+            assert (folder / "tokenizer.json").read_text() == WORDS
+            assert (folder / "sentence_bert_config.json").read_text() == LIMIT
+            assert sorted(os.listdir(folder)) == [
+                "config.json", "model.safetensors", "sentence_bert_config.json", "tokenizer.json",
+            ]  # fmt: skip
+            shutil.rmtree(folder)
+
+    def test_the_tokenizer_of_another_model_stays(self, bert, tmp_path):
+        for name, text in (("tokenizer.json", "{}"), ("sentence_bert_config.json", "{}")):
+            folder = tmp_path / name
+            folder.mkdir()
+            (folder / name).write_text(text)
+            with pytest.raises(tr.ConfigError, match=f"^Bert.save: .*{name} belongs to another model; remove it"):
+                bert.save(folder)
+            assert os.listdir(folder) == [name] and (folder / name).read_text() == text
+            tr.Bert(bert.config, seed=0).save(folder)  # it has none of its own
+            assert (folder / name).read_text() == text
+        # A limit beside a tokenizer that came without one.
+        bert._files = {"tokenizer.json": bert._files["tokenizer.json"]}
+        with pytest.raises(tr.ConfigError, match=r"sentence_bert_config\.json belongs to another model"):
+            bert.save(tmp_path / "sentence_bert_config.json")
+
+    def test_what_is_no_folder_to_write_into_is_said(self, bert, tmp_path):
+        (tmp_path / "saved" / "tokenizer.json").mkdir(parents=True)
+        with pytest.raises(tr.StorageError, match=r"tokenizer\.json: Is a directory"):
+            bert.save(tmp_path / "saved")
+
+    def test_a_limit_beyond_the_table_is_the_table(self, bert, tmp_path):
+        folder = tmp_path / "theirs"
+        longest = bert.config.max_positions
+        for limit in (longest + 5, 10**30):
+            (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": limit}))
+            again = tr.Bert.from_pretrained(folder)
+            assert_same(again.embed(["a " * 99]), again.embed(["a " * longest]))
+
+    @pytest.mark.parametrize("limit", [-1, 1.5, True])
+    def test_a_limit_that_is_none_is_refused(self, bert, tmp_path, limit):
+        (tmp_path / "theirs" / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": limit}))
+        with pytest.raises(tr.CheckpointError, match="max_seq_length: expected a whole number from 1"):
+            tr.Bert.from_pretrained(tmp_path / "theirs").embed(["a"])
+
+    def test_arrays_of_texts_are_lists_of_texts(self, bert):
+        expected = bert.embed(["a", "b a"])
+        for texts in (np.array(["a", "b a"]), np.array(["a", "b a"], object), ("a", "b a")):
+            assert_same(bert.embed(texts), expected)
+        with pytest.raises(tr.ShapeError, match=r"pass \[text\]"):
+            bert.embed(np.array("a"))
+
+    @pytest.mark.parametrize("ids", [[1.7, 2.2], None, "abc", {"input_ids": [1]}, [[1, 2]]])
+    def test_a_tokenizer_gives_whole_numbers(self, bert, ids):
+        class Broken:
+            def encode(self, text):
+                return ids
+
+        with pytest.raises(tr.TransformerRsError, match=r"^Bert.embed: argument `tokenizer.encode\(texts\[0\]\)`"):
+            bert.embed(["a"], tokenizer=Broken())
+
+    def test_each_way_to_read_names_the_other(self, bert, tmp_path):
+        bert.save(tmp_path / "ours")
+        with pytest.raises(tr.UnsupportedError, match="written by `save`; read it with `load`"):
+            tr.Bert.from_pretrained(tmp_path / "ours")
+        with pytest.raises(
+            tr.CheckpointError, match=r"^Bert\.load: .*use Bert\.from_pretrained for Hugging Face's files"
+        ):
+            tr.Bert.load(tmp_path / "theirs")
+
+    def test_json_without_end_is_not_json(self, bert, tmp_path):
+        (tmp_path / "theirs" / "config.json").write_text("[" * 100_000)
+        with pytest.raises(tr.CheckpointError, match=r"config\.json: not JSON"):
+            tr.Bert.from_pretrained(tmp_path / "theirs")
+        with pytest.raises(tr.ConfigError, match="not JSON"):
+            tr.EncoderConfig.from_json("[" * 100_000)

@@ -89,7 +89,7 @@ class Checked:
         """Make a config from JSON text."""
         try:
             values = json.loads(text)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"{cls.__name__}: not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{cls.__name__}: expected a JSON object")

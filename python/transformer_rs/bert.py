@@ -1,15 +1,19 @@
 """BERT from the files of Hugging Face: vectors of sentences from texts or ids."""
 
+import contextlib
 import json
 import os
 import re
+import threading
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from . import _core
-from ._arrays import ArrayLike, FloatArray, is_list
+from ._arrays import ArrayLike, FloatArray, as_array, as_ints, is_list
+from ._values import as_folder
 from ._vjp import Forward, method
 from .encoder import EncoderConfig, EncoderModel
 from .errors import CheckpointError, ConfigError, DTypeError, ShapeError, StorageError, UnsupportedError
@@ -35,6 +39,9 @@ NAMES = {
 }
 #: The last parts of names; the older ones are those of BERT's first files.
 KINDS = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias"}
+TOKENIZER, LIMIT = "tokenizer.json", "sentence_bert_config.json"
+#: What a folder holds for texts; the tokenizer is written last, as the limit alone does nothing.
+TEXT_FILES = (LIMIT, TOKENIZER)
 #: What is not read: a table of 0, 1, 2, ...; the pooler and the heads of pre-training and of other tasks.
 IGNORED = ("embeddings.position_ids", "pooler.", "bert.pooler.", "cls.", "classifier.", "qa_outputs.")
 ACTIVATIONS = {
@@ -46,8 +53,7 @@ class Bert(EncoderModel):
     """BERT (Devlin and others 2019) and the sentence encoders made of it (Reimers and Gurevych 2019).
 
     An :class:`EncoderModel` that reads the files of Hugging Face and takes texts. ``save`` and ``load`` keep the weights
-    and the config in the format of this package. ``save`` leaves the tokenizer where it is: copy ``tokenizer.json``
-    beside the model and ``load`` finds it there.
+    and the config in the format of this package, and the tokenizer with its limit as they came.
 
     Args:
         config: What the model is made of.
@@ -62,7 +68,10 @@ class Bert(EncoderModel):
     (2, 32)
     """
 
-    _folder: str | None = None
+    _folder: str = ""
+    """Where the model was read from; errors name it."""
+    _files: Mapping[str, bytes] = MappingProxyType({})
+    """What that folder held of TEXT_FILES."""
     _tokenizer: Any = None
 
     @classmethod
@@ -95,7 +104,7 @@ class Bert(EncoderModel):
             ...
         transformer_rs.errors.StorageError: no/such/folder/config.json: No such file or directory
         """
-        op, folder = f"{cls.__name__}.from_pretrained", os.fspath(folder)
+        folder = as_folder(op := f"{cls.__name__}.from_pretrained", folder)
         values = _config_of(op, folder)
         if pooling is not None:
             values["pooling"] = pooling
@@ -104,13 +113,44 @@ class Bert(EncoderModel):
         config = EncoderConfig(**values)
         arrays = _core.read_safetensors(os.path.join(folder, "model.safetensors"), list(IGNORED))
         model = cls._of(_core.Layer.blank_encoder(config.to_json(), "f32"))
-        model._folder = folder
+        model._read_files(folder)
         model.load_state_dict(_ours(op, folder, arrays))
         return model
 
+    def save(self, folder: "str | os.PathLike[str]") -> None:
+        """Write ``config.json`` and ``model.safetensors`` as :meth:`EncoderModel.save` does, then what texts need, where the
+        model was read with it: ``tokenizer.json`` and ``sentence_bert_config.json``, which has the limit of long texts.
+
+        Raises:
+            ConfigError: The folder holds the tokenizer, or the limit, of another model; nothing was written.
+            StorageError: The file system refused.
+
+        >>> import os
+        >>> import tempfile
+        >>> import transformer_rs as tr
+        >>> bert = tr.Bert(tr.EncoderConfig(vocab=99, d_model=32, n_heads=4, n_layers=1, d_ff=64), seed=0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     bert.save(folder)
+        ...     sorted(os.listdir(folder))
+        ['config.json', 'model.safetensors']
+        """
+        op = f"{type(self).__name__}.save"
+        folder = as_folder(op, folder)
+        missing: dict[str, bytes] = {}
+        for name in TEXT_FILES:
+            data, there = self._files.get(name), _bytes(place := os.path.join(folder, name))
+            # A limit without a tokenizer decides nothing; one beside ours would.
+            if there is not None and there != data and (data is not None or TOKENIZER in self._files):
+                raise ConfigError(f"{op}: {place} belongs to another model; remove it, or save into another folder")
+            if data is not None and there is None:
+                missing[place] = data
+        super().save(folder)
+        for place, data in missing.items():
+            _write(place, data)
+
     @classmethod
     def load(cls: type[B], folder: "str | os.PathLike[str]") -> B:
-        """Read a model that :meth:`save` wrote; a ``tokenizer.json`` in the folder is its tokenizer.
+        """Read a model that :meth:`save` wrote, and the ``tokenizer.json`` that is beside it, if any.
 
         Raises:
             CheckpointError: Files that are damaged, or that do not fit each other.
@@ -125,9 +165,22 @@ class Bert(EncoderModel):
         >>> bool((again.embed([[5, 6]]) == bert.embed([[5, 6]])).all())
         True
         """
-        model = super().load(folder)
-        model._folder = os.fspath(folder)
+        folder = as_folder(op := f"{cls.__name__}.load", folder)
+        try:
+            model = super().load(folder)
+        except CheckpointError as error:
+            if "`format_version` is missing" in str(error):
+                raise CheckpointError(
+                    f"{op}: {error}; use {cls.__name__}.from_pretrained for Hugging Face's files"
+                ) from None
+            raise
+        model._read_files(folder)
         return model
+
+    def _read_files(self, folder: str) -> None:
+        """Keep what a folder holds for texts."""
+        found = {name: _bytes(os.path.join(folder, name)) for name in TEXT_FILES}
+        self._folder, self._files = folder, {name: data for name, data in found.items() if data is not None}
 
     @method
     def embed(
@@ -145,7 +198,7 @@ class Bert(EncoderModel):
         """Compute a vector for every text, or for every sequence of ids.
 
         Args:
-            texts: A list of texts; or ids, a list of sequences or a padded array (B, T).
+            texts: A list or an array of texts; or ids, a list of sequences or a padded array (B, T).
             tokenizer: For texts: any object whose ``encode(text)`` gives ids, or an object with ``ids`` and perhaps
                 ``type_ids`` and ``attention_mask``, as those of the package ``tokenizers``. None means the
                 ``tokenizer.json`` of the folder that the model was read from, which needs
@@ -243,6 +296,12 @@ class Bert(EncoderModel):
 
     def _tokenized(self, op: str, texts: Any, tokenizer: Any, token_types: Any, lengths: Any) -> tuple[Any, Any, Any]:
         """Ids, token types and lengths of texts; of ids, what was given."""
+        if hasattr(texts, "__array__"):
+            array = as_array(op, "texts", texts)
+            if array.dtype.kind in "UT" or (
+                array.dtype.kind == "O" and any(isinstance(one, str) for one in array.flat)
+            ):
+                texts = array.tolist()
         if isinstance(texts, str):
             raise ShapeError(f"{op}: argument `texts`: expected a list of texts, got one text; pass [text]")
         if is_list(texts) and any(isinstance(text, str) for text in texts):
@@ -267,20 +326,23 @@ class Bert(EncoderModel):
         types: list[Any] = []
         for i, text in enumerate(texts):
             found = tokenizer.encode(text)
-            one = np.asarray(getattr(found, "ids", found), np.int64)
-            real = np.asarray(getattr(found, "attention_mask", np.ones(len(one))), bool)
+            place = f"tokenizer.encode(texts[{i}])"
+            one = as_ints(op, place, getattr(found, "ids", found))
+            real = as_array(op, place, getattr(found, "attention_mask", np.ones_like(one))).astype(bool)
+            kinds = as_ints(op, place, getattr(found, "type_ids", np.zeros_like(one)))
+            if one.ndim != 1 or real.shape != one.shape or kinds.shape != one.shape:
+                message = f"expected ids (T,), with a mask and types of that shape if any, got shape {one.shape}"
+                raise ShapeError(f"{op}: argument `{place}`: {message}")
             ids.append(one[real])
             if not len(ids[-1]):
                 raise ShapeError(f"{op}: argument `texts[{i}]`: the tokenizer gives no ids for {text!r}; leave it out")
-            types.append(np.asarray(getattr(found, "type_ids", np.zeros(len(one))), np.int64)[real])
+            types.append(kinds[real])
         # The mask has said what is padding: elsewhere a pad_id is a token that the text names.
         return ids, types if self._config.token_types else None, [len(one) for one in ids]
 
     def _own_tokenizer(self, op: str) -> Any:
-        """The tokenizer of the folder."""
-        folder = self._folder or ""
-        file = os.path.join(folder, "tokenizer.json")
-        if self._folder is None or not os.path.exists(file):
+        """The tokenizer that the model was read with."""
+        if TOKENIZER not in self._files:
             remedy = "pass tokenizer=, any object with `encode`"
             raise ConfigError(f"{op}: argument `tokenizer`: there is no tokenizer.json beside the model; {remedy}")
         if self._tokenizer is None:
@@ -289,26 +351,28 @@ class Bert(EncoderModel):
             except ImportError as error:
                 message = "texts need tokenizers: pip install 'transformer_rs[tokenizers]', or pass tokenizer="
                 raise ImportError(f"{op}: {message}") from error
-            place = os.path.join(folder, "sentence_bert_config.json")
-            limit = _json(op, place, dict).get("max_seq_length") or self._config.max_positions or 512
-            if not isinstance(limit, int) or limit < 1:
+            place = os.path.join(self._folder, LIMIT)
+            settings = _parsed(op, place, self._files.get(LIMIT, b"{}"), dict)
+            limit = settings.get("max_seq_length") or self._config.max_positions or 512
+            if type(limit) is not int or limit < 1:
                 raise CheckpointError(f"{op}: {place}: max_seq_length: expected a whole number from 1, got {limit!r}")
+            limit = min(limit, self._config.max_positions or 2**31 - 1)
             try:
-                tokenizer = Tokenizer.from_file(file)
+                tokenizer = Tokenizer.from_buffer(self._files[TOKENIZER])
             except Exception as error:  # it has no kind of its own
-                raise CheckpointError(f"{op}: {file}: {error}") from None
+                raise CheckpointError(f"{op}: {os.path.join(self._folder, TOKENIZER)}: {error}") from None
             tokenizer.no_padding()
             tokenizer.enable_truncation(limit)
             self._tokenizer = tokenizer
         return self._tokenizer
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the config, the weights, and where the tokenizer is."""
-        return (*super().__reduce__(), {"_folder": self._folder})
+        """Pickle the config, the weights, and the tokenizer."""
+        return (*super().__reduce__(), {"_folder": self._folder, "_files": dict(self._files)})
 
     def _like(self: B, core: _core.Layer) -> B:
         model = super()._like(core)
-        model._folder = self._folder
+        model._folder, model._files = self._folder, self._files
         return model
 
 
@@ -317,16 +381,46 @@ _call_ids = EncoderModel.__call__.__wrapped__  # type: ignore[attr-defined]
 _logits_of_ids = EncoderModel.logits.__wrapped__  # type: ignore[attr-defined]
 
 
-def _json(op: str, path: str, kind: type, needed: bool = False) -> Any:
-    """The object or the list that a JSON file holds, an empty one where a file that is not needed is missing."""
+def _bytes(path: str, needed: bool = False) -> bytes | None:
+    """What a file holds, None where one that is not needed is missing."""
     try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
+        with open(path, "rb") as file:
+            return file.read()
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not needed:
-            return kind()
+            return None
         raise StorageError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+
+
+def _write(path: str, data: bytes) -> None:
+    """Put a file in place, whole or not at all."""
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+
+
+def _json(op: str, path: str, kind: type, needed: bool = False) -> Any:
+    """The object or the list that a JSON file holds, an empty one where a file that is not needed is missing."""
+    data = _bytes(path, needed)
+    return kind() if data is None else _parsed(op, path, data, kind)
+
+
+def _parsed(op: str, path: str, data: bytes, kind: type) -> Any:
+    try:
+        value = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{op}: {path}: not JSON: {error}") from None
     if not isinstance(value, kind):
         expected = "an object" if kind is dict else "a list"
@@ -338,6 +432,8 @@ def _config_of(op: str, folder: str) -> dict[str, Any]:
     """Our config's values from Hugging Face's."""
     place = os.path.join(folder, "config.json")
     theirs = _json(op, place, dict, needed=True)
+    if "format_version" in theirs:
+        raise UnsupportedError(f"{op}: {place}: this folder was written by `save`; read it with `load`")
     for key, expected in (
         ("model_type", ("bert",)),
         ("position_embedding_type", ("absolute", None)),
