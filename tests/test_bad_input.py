@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import transformer
 
 import transformer_rs as tr
 
@@ -208,3 +209,25 @@ def test_whatever_the_lengths_alone_and_together_are_the_same(sequences):
         assert np.array_equal(MODEL([src[i]], [tgt[i]])[0], together[i])
     scores = MODEL.score(src, tgt)
     assert [len(s) for s in scores] == [len(t) + 1 for t in tgt]
+
+
+def test_a_sequence_beyond_the_table_is_named():
+    model = transformer(positions="learned", max_positions=6)
+    trainer = tr.Trainer(model, seed=0)
+    good, long = [[3, 4, 5], [5] * 6], [[3, 4, 5], [5] * 7]
+    for name, call in (
+        ("src", lambda: model(long, good)),
+        ("tgt_in", lambda: model(good, long)),
+        ("src", lambda: model.encode(long)),
+        ("src", lambda: model.generate(long)),
+        ("src", lambda: model.score(long, good, eos=False)),
+        ("tgt", lambda: model.score(good, good)),
+        ("tgt", lambda: model.score(good, long, eos=False)),
+        ("tgt", lambda: trainer.step(good, good)),
+        ("tgt", lambda: trainer.gradients(good, good)),
+    ):
+        with pytest.raises(tr.ShapeError, match=rf"`{name}`: row 1 has 7 ids.*, more than max_positions=6; shorten it"):
+            call()
+    model(good, good)
+    model.score(good, good, eos=False)
+    trainer.step(good, [ids[:5] for ids in good])

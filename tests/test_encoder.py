@@ -130,7 +130,7 @@ class TestCall:
         (
             lambda m: m([list(range(1, 11))]),
             tr.ShapeError,
-            "EncoderModel: a sequence reaches position 10, the learned table has 9",
+            "EncoderModel: argument `ids`: row 0 has 10 ids, more than max_positions=9; shorten it",
         ),
         (lambda m: m([[1, 2]], token_types=[[0]]), tr.ShapeError, "the form and the lengths of `ids`"),
         (lambda m: m([[1, 2]], token_types=np.array([[0, 1]])), tr.ShapeError, "the form and the lengths of `ids`"),

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import transformer_rs as tr
+from transformer_rs import fitting
+from transformer_rs._sequences import Pairs
 
 
 def data(n, seed=0):
@@ -407,3 +409,62 @@ class TestProgress:
         monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
         with pytest.raises(ImportError, match=r"transformer_rs\[progress\]"):
             fit(trainer_of(), steps=1, progress=True)
+
+
+def small_trainer(**values):
+    config = tr.TransformerConfig(
+        src_vocab=10, tgt_vocab=10, d_model=16, n_heads=2, n_encoder_layers=1, n_decoder_layers=1, d_ff=24, **values
+    )
+    return tr.Trainer(tr.Transformer(config, seed=0), seed=0)
+
+
+@pytest.mark.parametrize("error", [ValueError("my file is corrupt"), TypeError("mine"), KeyError("mine")])
+def test_what_a_data_set_raises_comes_out(error):
+    class Broken:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            raise error
+
+    for call in (lambda: fit(trainer_of(), Broken(), epochs=1), lambda: trainer_of().evaluate(Broken())):
+        with pytest.raises(type(error)) as caught:
+            call()
+        assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("pair", "text"),
+    [
+        (([3], [4] * 6), r"\[60\]\.tgt`: row 0 has 7 ids with BOS, more than max_positions=6"),
+        (([3] * 7, [4]), r"\[60\]\.src`: row 0 has 7 ids, more than max_positions=6"),
+    ],
+)
+def test_a_pair_beyond_the_table_is_found_before_training(pair, text):
+    trainer = small_trainer(positions="learned", max_positions=6)
+    short = [([3] * 6, [4] * 5)] * 60
+    fit(trainer, short, valid=short, steps=1)
+    with pytest.raises(tr.ShapeError, match="argument `pairs" + text):
+        fit(trainer, [*short, pair], steps=5)
+    with pytest.raises(tr.ShapeError, match="argument `valid" + text):
+        fit(trainer, short, valid=[*short, pair], steps=5)
+    with pytest.raises(tr.ShapeError, match="argument `pairs" + text):
+        trainer.evaluate([*short, pair])
+    assert trainer.n_steps == 1
+
+
+def test_a_source_of_one_token_joins_a_batch_where_batches_have_statistics():
+    trainer = small_trainer(norm="batch")
+    pairs = [([3, 4, 5], [4, 5])] * 20 + [([3], [4])] * 3
+    for max_tokens in (2, 5, 6):
+        some = pairs if max_tokens > 2 else pairs[20:]
+        recorder = Recorder(some)
+        history = fit(trainer, recorder, valid=some, epochs=3, max_tokens=max_tokens)
+        assert [record["n_tokens"] for record in history] == [sum(len(tgt) + 1 for _, tgt in some)] * 3
+    with pytest.raises(tr.ShapeError, match='norm="batch" needs two source tokens, got one'):
+        fit(trainer, pairs[20:21], epochs=1)
+    plan = fitting.Plan(Pairs("fit", "pairs", pairs, trainer.model.config), 5, 1, 0)
+    for epoch in range(5):
+        groups = [batch for group in plan.groups(epoch) for batch in group]
+        assert sorted(np.concatenate(groups)) == list(range(23))
+        assert all(plan.data.src_lengths[batch].sum() > 1 for batch in groups)

@@ -139,6 +139,16 @@ def _outside(op: str, name: str, token: int, place: str, vocabulary: int) -> Tok
     return TokenOutOfRangeError(f"{op}: argument `{name}`: {message}")
 
 
+def check_positions(op: str, name: str, config: Any, lengths: IntArray, which: str = "") -> None:
+    """Refuse sequences that are longer than the table of a model with learned positions, naming the first."""
+    if config.positions != "learned":
+        return
+    for row in np.flatnonzero(lengths > config.max_positions)[:1]:
+        message = f"row {row} has {lengths[row]} ids{which}, more than max_positions={config.max_positions}"
+        remedy = "shorten it, or make the model with a larger max_positions"
+        raise ShapeError(f"{op}: argument `{name}`: {message}; {remedy}")
+
+
 def cut(rows: NDArray[Any], lengths: NDArray[Any]) -> list[NDArray[Any]]:
     """Rows that lie one after the other, as one array for each length."""
     ends = np.cumsum(lengths).tolist()

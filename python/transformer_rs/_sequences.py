@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ._arrays import ArrayLike, Ids, IntArray, as_ids
+from ._arrays import ArrayLike, Ids, IntArray, as_ids, check_positions
 from .config import TransformerConfig
 from .errors import DTypeError, ShapeError, TransformerRsError
 
@@ -22,9 +22,11 @@ def sources(
     lengths_name: str = "src_lengths",
 ) -> Ids:
     """Source ids; they are never changed."""
-    return as_ids(
+    ids = as_ids(
         op, name, src, vocabulary=config.src_vocab, lengths=lengths, lengths_name=lengths_name, pad_id=config.pad_id
     )
+    check_positions(op, name, config, ids.lengths)
+    return ids
 
 
 def targets(
@@ -70,6 +72,7 @@ def pack(
     """One batch for training."""
     one, other = sources(op, config, src, src_lengths), targets(op, config, tgt, tgt_lengths)
     same_batch(op, one, other)
+    check_positions(op, "tgt", config, other.lengths + 1, " with BOS")
     return one.ids, one.lengths, other.ids, other.lengths
 
 
@@ -115,8 +118,9 @@ class Pairs:
     def _read(self, chosen: Iterable[int]) -> tuple[Ids, Ids]:
         src, tgt = [], []
         for i in chosen:
+            pair = self.pairs[int(i)]  # what a data set raises comes out as it is
             try:
-                one, other = self.pairs[int(i)]
+                one, other = pair
             except (TypeError, ValueError):
                 message = f"pair {i}: expected (source, target); two lists become pairs by list(zip(src, tgt))"
                 raise ShapeError(f"{self.op}: argument `{self.name}`: {message}") from None
@@ -130,7 +134,7 @@ class Pairs:
             raise
 
     def _ids(self, src: list[Any], tgt: list[Any], name: str) -> tuple[Ids, Ids]:
-        return (
-            sources(self.op, self.config, src, None, f"{name}.src"),
-            targets(self.op, self.config, tgt, None, name=f"{name}.tgt"),
-        )
+        one = sources(self.op, self.config, src, None, f"{name}.src")
+        other = targets(self.op, self.config, tgt, None, name=f"{name}.tgt")
+        check_positions(self.op, f"{name}.tgt", self.config, other.lengths + 1, " with BOS")
+        return one, other

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from . import _core
-from ._arrays import ArrayLike, Ids, as_ids, is_list
+from ._arrays import ArrayLike, Ids, as_ids, check_positions, is_list
 from ._config import Activation, Checked, Norm
 from ._values import as_folder, choice, flag, named
 from ._vjp import Forward, Recorded, method
@@ -313,6 +313,7 @@ class EncoderModel(Layer):
         """Ids and their types, packed."""
         config = self._config
         batch = as_ids(op, "ids", ids, vocabulary=config.vocab, lengths=lengths, pad_id=config.pad_id)
+        check_positions(op, "ids", config, batch.lengths)
         if token_types is None:
             return batch, None
         if config.token_types == 0:

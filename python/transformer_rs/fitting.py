@@ -13,7 +13,7 @@ import numpy as np
 from . import _core
 from ._sequences import Pairs
 from ._values import as_finite, as_size, maybe_size
-from .errors import ConfigError, DTypeError
+from .errors import ConfigError, DTypeError, ShapeError
 from .schedules import Cosine, Linear
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ class Plan:
         """The batches of each step."""
         data = self.data
         batches = _core.batches(data.src_lengths, data.tgt_lengths, self.max_tokens, self.seed, epoch)
+        if data.config.norm == "batch":
+            batches = _with_statistics(batches, data.src_lengths)
         return [batches[i : i + self.accumulate] for i in range(0, len(batches), self.accumulate)]
 
     def begin(self, trainer: "Trainer") -> tuple[int, int]:
@@ -116,6 +118,8 @@ def fit(
     for data in (plan.data, held):
         if data is not None:
             data.check(max_tokens)
+    if trainer.model.config.norm == "batch" and plan.data.src_lengths.sum() < 2:
+        raise ShapeError(f'{_OP}: argument `pairs`: norm="batch" needs two source tokens, got one; add pairs')
     epoch, done = plan.begin(trainer)
     planned = _planned(trainer, limits, plan, epoch, done)
 
@@ -149,6 +153,17 @@ def fit(
         core.restore(best[2])
         trainer._epoch = best[3]
     return history
+
+
+def _with_statistics(batches: list[Any], src_lengths: Any) -> list[Any]:
+    """One source token has no variance: a batch of it joins the one before, or the one behind."""
+    joined: list[Any] = []
+    for batch in batches:
+        if joined and 1 in (src_lengths[batch].sum(), src_lengths[joined[-1]].sum()):
+            joined[-1] = np.concatenate([joined[-1], batch])
+        else:
+            joined.append(batch)
+    return joined
 
 
 def _few_steps(plan: Plan, epoch: int) -> str | None:

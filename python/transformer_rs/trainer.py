@@ -319,7 +319,8 @@ class Trainer:
             steps: Steps to make.
             minutes: Minutes of training; validation and callbacks do not count.
             max_tokens: Real tokens of a batch, source plus target: about ``max_tokens / (mean length of a pair)`` pairs. A
-                small data set needs fewer, so that an epoch has more than a step or two.
+                small data set needs fewer, so that an epoch has more than a step or two. (With ``norm="batch"`` a source of
+                one token that would be a batch alone joins another, beyond ``max_tokens``.)
             accumulate: Batches whose gradients make one step.
             on_epoch: Called with the trainer and the record of every epoch; True stops.
             restore_best: In the end go back to the epoch with the lowest ``valid_loss``: weights, optimiser and step.
@@ -333,7 +334,8 @@ class Trainer:
 
         Raises:
             ConfigError: No limit; a schedule that needs a number of steps, with `minutes` alone.
-            ShapeError: A pair that is longer than `max_tokens`, empty, or holds BOS or EOS: before training starts.
+            ShapeError: A pair that is longer than `max_tokens` or the table of learned positions, empty, or holds BOS or
+                EOS: before training starts.
 
         >>> import transformer_rs as tr
         >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=9, d_model=16, n_heads=2, d_ff=32, n_encoder_layers=1,

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from ._arrays import ArrayLike, Batch, FloatArray, as_bool, as_ids, as_weights, cut
+from ._arrays import ArrayLike, Batch, FloatArray, as_bool, as_ids, as_weights, check_positions, cut
 from ._sequences import same_batch, sources, targets
 from ._values import as_folder, as_seed, choice, named
 from .config import TransformerConfig
@@ -239,6 +239,7 @@ class Transformer(Generation):
             pad_id=config.pad_id,
         )  # fmt: skip
         same_batch(op, one, other, "tgt_in")
+        check_positions(op, "tgt_in", config, other.lengths)
         with named(op):
             logits, weights = self._core.forward(one.ids, one.lengths, other.ids, other.lengths, bool(return_attention))
         if not return_attention:
@@ -333,6 +334,7 @@ class Transformer(Generation):
             message = f"expected one bool for all or {len(other.lengths)}, got shape {ends.shape}"
             raise ShapeError(f"{op}: argument `eos`: {message}")
         ends = np.broadcast_to(ends, other.lengths.shape)
+        check_positions(op, "tgt", config, other.lengths + ends, " with BOS")
         with named(op):
             flat, rows = self._core.score(
                 one.ids, one.lengths, other.ids, other.lengths, ends.tolist(), bool(return_rows)
