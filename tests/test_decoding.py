@@ -1,6 +1,7 @@
 """Decoding and scoring, against the model's own logits."""
 
 import copy
+import dataclasses
 import itertools
 import pickle
 
@@ -223,3 +224,21 @@ def test_nan_in_the_weights_is_found():
         model.hypotheses(SOURCES, beam=3)
     model.load_state_dict(good)
     assert len(model.generate(SOURCES)) == 4
+
+
+def test_a_hypothesis_outlives_its_weights():
+    model = model_of()
+    read, unread = model.hypotheses([[3, 4, 5]], max_len=3)[0][0], model.hypotheses([[3, 4, 5]], max_len=3)[0][0]
+    attention = read.attention
+    tr.Trainer(model, seed=0).step([[3]], [[4]])
+    for make in (lambda h: pickle.loads(pickle.dumps(h)), copy.copy, copy.deepcopy):
+        for h, kept in ((read, True), (unread, False)):
+            again = make(make(h))
+            assert np.array_equal(again.ids, h.ids) and again.score == h.score and repr(again) == repr(h)
+            for other in (again, dataclasses.replace(again, score=1.0)):
+                if kept:
+                    assert np.array_equal(other.attention, attention)
+                else:
+                    with pytest.raises(tr.ConfigError, match=r"^Hypothesis\.attention: the weights are not those"):
+                        _ = other.attention
+            assert dataclasses.asdict(again)["score"] == h.score

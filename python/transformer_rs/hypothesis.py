@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._arrays import IntArray
+from .errors import ConfigError
 
 __all__ = ["Alternatives", "Hypothesis"]
 
@@ -63,11 +64,26 @@ class Hypothesis:
         Computed when first read.
 
         Raises:
-            ConfigError: The model's weights have changed since.
+            ConfigError: The model's weights have changed since, or had when this was copied or pickled.
         """
         return self._look()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle without the model, so with the attention."""
-        _ = self.attention
-        return {name: value for name, value in self.__dict__.items() if name != "_look"}
+        """Pickle without the model, so with the attention, where it can still be had."""
+        try:
+            kept = _Kept(self.attention)
+        except ConfigError as error:
+            kept = _Kept(None, str(error))
+        return {name: value for name, value in self.__dict__.items() if name != "attention"} | {"_look": kept}
+
+
+class _Kept:
+    """The attention of a copy, or why there is none."""
+
+    def __init__(self, attention: NDArray[np.float32] | None, reason: str = "") -> None:
+        self.attention, self.reason = attention, reason
+
+    def __call__(self) -> NDArray[np.float32]:
+        if self.attention is None:
+            raise ConfigError(self.reason)
+        return self.attention
