@@ -178,3 +178,23 @@ def test_settings_of_generators_are_checked_before_anything_is_read(options, err
         talkative().generate_iter((raise_mine() for _ in range(3)), **options)
     with pytest.raises(tr.DTypeError, match="inputs"):
         talkative().generate_iter("ab")
+
+
+@pytest.mark.parametrize("max_tokens", [16_384, 8, 1])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_answers_come_from_the_weights_that_began(max_tokens, workers):
+    model, draft = talkative(7), talkative(7)
+    sources = [SOURCES[i % 4] for i in range(30)]
+    for changed in (model, draft):
+        options = {"draft": draft} if changed is draft else {}
+        answers = model.generate_iter(sources, max_tokens=max_tokens, workers=workers, **options)
+        next(answers)
+        tr.Trainer(changed, seed=0).step([[3]], [[4]])
+        with pytest.raises(tr.ConfigError, match="the weights have changed since it began"):
+            next(answers)
+        assert next(answers, None) is None
+    # All is given: what comes then does not matter.
+    answers = model.generate_iter(sources[:1], max_tokens=max_tokens, workers=workers)
+    next(answers)
+    tr.Trainer(model, seed=0).step([[3]], [[4]])
+    assert next(answers, None) is None

@@ -1,6 +1,7 @@
 """Decoding of any number of sources: a window moves over them, and answers come out in order."""
 
 import queue
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any
@@ -11,7 +12,7 @@ from . import _core
 from ._arrays import IntArray
 from ._sequences import sources
 from .config import TransformerConfig
-from .errors import DTypeError
+from .errors import ConfigError, DTypeError
 from .threads import num_threads
 
 # Sources that a worker decodes side by side at most: they keep a core busy.
@@ -31,6 +32,7 @@ class Window:
         inputs: Iterable[Any],
         max_tokens: int,
         decoders: list[_core.Decoder],
+        models: list[_core.Transformer],
         progress: Any,
     ) -> None:
         if not isinstance(inputs, Iterable) or isinstance(inputs, str | bytes):
@@ -41,6 +43,7 @@ class Window:
         self.op, self.config, self.max_tokens, self.progress = op, config, max_tokens, progress
         self.total = len(inputs) if isinstance(inputs, Sized) else None
         self.inputs, self.engine = enumerate(inputs), _Workers(decoders) if len(decoders) > 1 else _Alone(decoders[0])
+        self.models = models
         self.lengths: dict[int, int] = {}
         self.tokens, self.more = 0, True
 
@@ -48,16 +51,18 @@ class Window:
         """All of them, in order."""
         show = _Bar(self.op, self.total) if self.progress is True else self.progress or (lambda _: None)
         ready: dict[int, IntArray] = {}
-        given = 0
+        given, began = 0, self.versions()
         try:
             while True:
                 if self.more and self.tokens <= self.max_tokens // 2:
                     self.engine.take(self.read())
                 if not self.lengths:
                     return
+                self.check(began)
                 for number, ids in self.engine.work():
                     ready[number] = ids
                 while given in ready:
+                    self.check(began)
                     self.tokens -= self.lengths.pop(given)
                     given += 1
                     show(given)
@@ -65,6 +70,14 @@ class Window:
         finally:
             self.engine.stop()
             getattr(show, "close", lambda: None)()
+
+    def versions(self) -> list[int]:
+        return [model.version() for model in self.models]
+
+    def check(self, began: list[int]) -> None:
+        """Refuse weights that changed; a decoder notices it only while it has sources."""
+        if self.versions() != began:
+            raise ConfigError(f"{self.op}: the weights have changed since it began; begin anew")
 
     def read(self) -> list[_Source]:
         """The next sources, as many as there is room for, the longest first."""
@@ -189,7 +202,7 @@ class _Bar:
         except ImportError:
             message = "progress=True needs tqdm: pip install 'transformer_rs[progress]'"
             raise ImportError(f"{op}: {message}") from None
-        self.bar = tqdm(total=total, unit=" answers", dynamic_ncols=True)
+        self.bar = tqdm(total=total, unit=" answers", dynamic_ncols=True, disable=sys.stderr is None)
 
     def __call__(self, given: int) -> None:
         self.bar.update(given - self.bar.n)

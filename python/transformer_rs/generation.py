@@ -218,7 +218,8 @@ class Generation:
         """Answer any number of sources, in their order: the answers that :meth:`generate` gives for the list of them.
 
         Inputs are read as they are needed. A window of them is sorted by length and decoded together; a source that is
-        done leaves at once and its place is taken by one that waits. Dropping the iterator ends the work.
+        done leaves at once and its place is taken by one that waits. Dropping the iterator ends the work. Other calls may
+        use the model meanwhile, but its weights may not change, nor those of a draft.
 
         Args:
             inputs: Sources, each the ids of one sequence (S,).
@@ -236,6 +237,7 @@ class Generation:
 
         Raises:
             TransformerRsError: As :meth:`generate`; an input that is refused is named by its number.
+            ConfigError: Weights that changed since the first answer was asked for.
 
         >>> import transformer_rs as tr
         >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=7, d_model=16, n_heads=2, d_ff=32)
@@ -254,7 +256,8 @@ class Generation:
             raise ConfigError(f"{op}: argument `logits_processor`: {message}")
         with named(op):
             decoders = list(map(self._core.decoder, [asked] * n, [asked["draft"]] * n))
-        return Window(op, self._config, inputs, ahead, decoders, progress).answers()
+        models = [self._core] if asked["draft"] is None else [self._core, asked["draft"]]
+        return Window(op, self._config, inputs, ahead, decoders, models, progress).answers()
 
     def _sources(self, op: str, src: ArrayLike, lengths: Any, src_lengths: Any) -> Ids:
         if lengths is not None and src_lengths is not None:
