@@ -231,3 +231,18 @@ def test_a_sequence_beyond_the_table_is_named():
     model(good, good)
     model.score(good, good, eos=False)
     trainer.step(good, [ids[:5] for ids in good])
+
+
+@pytest.mark.parametrize("value", ["no", 2, None])
+def test_flags_of_a_call_are_flags(value):
+    for name, call in (
+        ("return_attention", lambda value: MODEL(SRC, TGT, return_attention=value)),
+        ("return_rows", lambda value: MODEL.score(SRC, TGT, return_rows=value)),
+    ):
+        with pytest.raises(tr.DTypeError, match=f"argument `{name}`: expected True or False, got "):
+            call(value)
+        for true in (1, np.bool_(True)):
+            assert len(call(true)) == 2
+        for mask in (np.ma.masked_equal([[3, 4]], 4), [np.ma.masked_equal([3, 4], 4)]):
+            with pytest.raises(tr.DTypeError, match="the mask of a masked array would be lost"):
+                MODEL.encode(mask)

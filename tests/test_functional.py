@@ -365,3 +365,50 @@ def test_same_bits_for_any_number_of_threads():
     for threads in (2, 3, 7):
         with tr.num_threads(threads):
             assert all(np.array_equal(a, b) for a, b in zip(one, results(), strict=True)), f"{threads} threads"
+
+
+X = np.ones((2, 4), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        *[
+            (
+                lambda norm=norm, eps=eps: getattr(F, norm)(X, eps=eps),
+                tr.ConfigError,
+                f"{norm}: argument `eps`: {eps} is",
+            )
+            for norm in ("layer_norm", "rms_norm", "batch_norm")
+            for eps in (1e-300, 1e300)
+        ],
+        (lambda: tr.nn.LayerNorm(4, eps=1e-300), tr.ConfigError, "LayerNorm: argument `eps`: 1e-300 is 0 in float32"),
+        (lambda: tr.EncoderConfig(vocab=9, norm_eps=1e-300), tr.ConfigError, "argument `norm_eps`: 1e-300 is 0 in"),
+        (
+            lambda: F.cross_entropy(X, [0, 1], ignore_index="a"),
+            tr.DTypeError,
+            "`ignore_index`: expected a whole number",
+        ),
+        (lambda: F.embedding([0], X, scale=np.nan), tr.ConfigError, "argument `scale`: expected a finite number"),
+        (lambda: F.attention(Q, Q, Q, scale=np.inf), tr.ConfigError, "argument `scale`: expected a finite number"),
+        (lambda: F.attention(Q, Q, Q, causal="no"), tr.DTypeError, "`causal`: expected True or False, got 'no'"),
+        (lambda: F.attention(Q, Q, Q, causal=2), tr.DTypeError, "`causal`: expected True or False, got 2"),
+        (lambda: F.attention(Q, Q, Q, return_weights=[]), tr.DTypeError, "`return_weights`: expected True or False"),
+        (lambda: F.relu(np.ma.masked_equal(X, 1)), tr.DTypeError, "argument `x`: the mask of a masked array"),
+        (lambda: F.embedding(np.ma.masked_equal([0, 1], 1), X), tr.DTypeError, "argument `ids`: the mask of a masked"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(call, error, text):
+    with pytest.raises(error) as caught:
+        call()
+    assert text in str(caught.value)
+
+
+def test_what_has_a_meaning_is_taken():
+    assert F.layer_norm(X.astype(np.float64), eps=1e-300).tolist() == np.zeros((2, 4)).tolist()
+    for true, false in ((1, 0), (np.bool_(True), np.bool_(False)), (np.int64(1), np.int64(0))):
+        y, weights = F.attention(Q, Q, Q, causal=true, return_weights=true)
+        assert np.array_equal(y, F.attention(Q, Q, Q, causal=True)) and weights[0, 0, 0, 1] == 0
+        assert np.array_equal(F.attention(Q, Q, Q, causal=false, return_weights=false), F.attention(Q, Q, Q))
+    assert np.array_equal(F.relu(np.ma.masked_equal(X, 7)), X)
+    assert F.cross_entropy(X, [0, 2**40], ignore_index=np.int64(2**40)) == F.cross_entropy(X[:1], [0])

@@ -19,7 +19,12 @@ ArrayLike: TypeAlias = Any
 
 def as_array(op: str, name: str, value: ArrayLike) -> NDArray[Any]:
     """See `value` as an array, without a copy where that is possible."""
+    if type(value) is np.ndarray:
+        return value
     if isinstance(value, np.ndarray):
+        if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+            remedy = "fill it with .filled(value), and say what is real by lengths=, keep= or block="
+            raise DTypeError(f"{op}: argument `{name}`: the mask of a masked array would be lost; {remedy}")
         return value
     try:
         if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):

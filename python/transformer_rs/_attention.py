@@ -6,7 +6,7 @@ import numpy as np
 
 from . import _core
 from ._arrays import ArrayLike, FloatArray, as_array, as_floats, as_ints, as_lengths, as_mask, four_axes, not_a_mask
-from ._values import as_number, as_probability, as_seed
+from ._values import as_finite, as_probability, as_seed, flag
 from ._vjp import Forward, Recorded, differentiable
 from .errors import ConfigError, ShapeError
 
@@ -115,6 +115,8 @@ def attention(
            [0.33, 0.33, 0.33]])
     """
     op = "attention"
+    causal = flag(op, "causal", causal, numbers=True)
+    return_weights = flag(op, "return_weights", return_weights, numbers=True)
     if bias is not None:
         not_a_mask(op, "bias", as_array(op, "bias", bias).dtype)
     (q, k, v), (bias,) = as_floats(op, {"q": q, "k": k, "v": v}, bias=bias)
@@ -154,13 +156,13 @@ def attention(
     options = {
         "query_lengths": real[0].tolist(),
         "key_lengths": real[1].tolist(),
-        "causal": bool(causal),
+        "causal": causal,
         "query_start": start.tolist(),
         "keep": mask,
-        "scale": None if scale is None else as_number(op, "scale", scale),
+        "scale": None if scale is None else as_finite(op, "scale", scale),
         "dropout": rate,
         "seed": as_seed(op, seed) if rate else None,
-        "return_weights": bool(return_weights),
+        "return_weights": return_weights,
     }
 
     def leave(gradients: list[Any]) -> list[Any]:

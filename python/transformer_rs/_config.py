@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args, get_ori
 
 import numpy as np
 
-from ._values import as_json, named, nearest
+from ._values import as_eps, as_json, named, nearest
 from .errors import ConfigError
 
 Activation: TypeAlias = Literal["relu", "gelu", "gelu_tanh", "silu", "glu", "swiglu"]
@@ -66,6 +66,7 @@ class Checked:
         with named(op):
             text = self._check(text)
         checked = json.loads(text)
+        as_eps(op, "norm_eps", checked["norm_eps"])
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

@@ -94,8 +94,20 @@ def as_folder(op: str, value: Any) -> str:
     return folder
 
 
-def flag(op: str, name: str, value: Any) -> bool:
-    """True or False."""
+def as_eps(op: str, name: str, value: Any, dtype: Any = np.float32) -> float:
+    """What keeps a norm from dividing by zero: in `dtype` too it is above 0, and finite."""
+    number = as_positive(op, name, value)
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = float(np.dtype(dtype).type(number))
+    if not 0 < rounded < float("inf"):
+        raise ConfigError(f"{op}: argument `{name}`: {number} is {rounded:g} in {np.dtype(dtype)}; pass one like 1e-5")
+    return number
+
+
+def flag(op: str, name: str, value: Any, numbers: bool = False) -> bool:
+    """True or False; with `numbers` also 1 and 0."""
+    if numbers and isinstance(value, int | np.integer) and value in (0, 1):
+        return bool(value)
     if not isinstance(value, bool | np.bool_):
         raise DTypeError(f"{op}: argument `{name}`: expected True or False, got {value!r}")
     return bool(value)

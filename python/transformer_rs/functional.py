@@ -12,7 +12,7 @@ import numpy as np
 from . import _core
 from ._arrays import ArrayLike, as_floats, as_ints, check_range
 from ._attention import attention
-from ._values import as_number, as_positive, as_probability, as_seed, choice
+from ._values import as_eps, as_finite, as_number, as_probability, as_seed, as_size, choice
 from ._vjp import Forward, differentiable, of_arrays
 from .errors import ConfigError, ShapeError
 
@@ -61,8 +61,8 @@ def layer_norm(
     array([[-1.,  1.],
            [ 1., -1.]])
     """
-    eps = as_positive("layer_norm", "eps", eps)
     (x,), (weight, bias) = as_floats("layer_norm", {"x": x}, weight=weight, bias=bias)
+    eps = as_eps("layer_norm", "eps", eps, x.dtype)
     return of_arrays(lambda gradients: _core.layer_norm(gradients, x, weight, bias, eps))
 
 
@@ -89,8 +89,8 @@ def rms_norm(x: ArrayLike, weight: ArrayLike | None = None, *, eps: float = 1e-5
     >>> tr.functional.rms_norm(np.array([3.0, -3.0, 3.0])).round(3)
     array([ 1., -1.,  1.])
     """
-    eps = as_positive("rms_norm", "eps", eps)
     (x,), (weight,) = as_floats("rms_norm", {"x": x}, weight=weight)
+    eps = as_eps("rms_norm", "eps", eps, x.dtype)
     return of_arrays(lambda gradients: _core.rms_norm(gradients, x, weight, eps))
 
 
@@ -132,10 +132,10 @@ def batch_norm(
     >>> tr.functional.batch_norm(np.array([[1.0]]), mean=np.array([3.0]), var=np.array([4.0])).round(3)
     array([[-1.]])
     """
-    eps = as_positive("batch_norm", "eps", eps)
     if (mean is None) != (var is None):
         raise ConfigError("batch_norm: arguments `mean` and `var`: expected both or none of them")
     (x,), (weight, bias, mean, var) = as_floats("batch_norm", {"x": x}, weight=weight, bias=bias, mean=mean, var=var)
+    eps = as_eps("batch_norm", "eps", eps, x.dtype)
     running = None if mean is None else (mean, var)
     return of_arrays(lambda gradients: _core.batch_norm(gradients, x, weight, bias, running, eps))
 
@@ -365,7 +365,7 @@ def embedding(ids: ArrayLike, weight: ArrayLike, *, scale: float = 1.0) -> Forwa
     array([[30., 40.],
            [10., 20.]])
     """
-    index, scale = as_ints("embedding", "ids", ids), as_number("embedding", "scale", scale)
+    index, scale = as_ints("embedding", "ids", ids), as_finite("embedding", "scale", scale)
     (table,), _ = as_floats("embedding", {"weight": weight})
     if table.ndim == 2:
         check_range("embedding", "ids", index, len(table))
@@ -423,6 +423,7 @@ def cross_entropy(
         message = f"expected the leading shape of logits, {logits.shape[:-1]}, got {index.shape}"
         raise ShapeError(f"{op}: argument `targets`: {message}")
     if ignore_index is not None:
+        ignore_index = as_size(op, "ignore_index", ignore_index, -(2**63), 2**63 - 1)
         ignored = index == ignore_index
         check_range(op, "targets", np.where(ignored, 0, index), logits.shape[-1])
         index = np.where(ignored, -1, index)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from . import _core
 from ._arrays import ArrayLike, Batch, FloatArray, as_bool, as_ids, as_weights, check_positions, cut
 from ._sequences import same_batch, sources, targets
-from ._values import as_folder, as_seed, choice, named
+from ._values import as_folder, as_seed, choice, flag, named
 from .config import TransformerConfig
 from .errors import DTypeError, ShapeError, UnsupportedError
 from .generation import Generation
@@ -233,6 +233,7 @@ class Transformer(Generation):
         ((2, 7), (2, 2, 3))
         """
         op, config = "Transformer", self._config
+        return_attention = flag(op, "return_attention", return_attention, numbers=True)
         one = sources(op, config, src, src_lengths)
         other = as_ids(
             op, "tgt_in", tgt_in, vocabulary=config.tgt_vocab, lengths=tgt_lengths, lengths_name="tgt_lengths",
@@ -241,7 +242,7 @@ class Transformer(Generation):
         same_batch(op, one, other, "tgt_in")
         check_positions(op, "tgt_in", config, other.lengths)
         with named(op):
-            logits, weights = self._core.forward(one.ids, one.lengths, other.ids, other.lengths, bool(return_attention))
+            logits, weights = self._core.forward(one.ids, one.lengths, other.ids, other.lengths, return_attention)
         if not return_attention:
             return other.give_back(logits)
         n = config.n_encoder_layers
@@ -327,6 +328,7 @@ class Transformer(Generation):
         ((3,), (3, 7), True)
         """
         op, config = "Transformer.score", self._config
+        return_rows = flag(op, "return_rows", return_rows, numbers=True)
         one, other = sources(op, config, src, src_lengths), targets(op, config, tgt, tgt_lengths, empty=True)
         same_batch(op, one, other)
         ends = as_bool(op, "eos", eos)
@@ -336,9 +338,7 @@ class Transformer(Generation):
         ends = np.broadcast_to(ends, other.lengths.shape)
         check_positions(op, "tgt", config, other.lengths + ends, " with BOS")
         with named(op):
-            flat, rows = self._core.score(
-                one.ids, one.lengths, other.ids, other.lengths, ends.tolist(), bool(return_rows)
-            )
+            flat, rows = self._core.score(one.ids, one.lengths, other.ids, other.lengths, ends.tolist(), return_rows)
         scores = cut(flat, other.lengths + ends)
         return scores if rows is None else (scores, cut(rows, other.lengths + ends))
 

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from .. import _core
 from .._arrays import ArrayLike
 from .._config import Activation, Norm
-from .._values import as_positive, as_probability, as_size, choice, flag
+from .._values import as_eps, as_probability, as_size, choice, flag
 from .._vjp import Forward, method
 from ..errors import DTypeError
 from ._layer import ACTIVATIONS, NORMS, Layer
@@ -21,7 +21,7 @@ class _Block(Layer):
                 options[name] = as_size(op, name, options[name])
         options["dropout"] = as_probability(op, "dropout", options["dropout"])
         options["norm"] = choice(op, "norm", options["norm"], NORMS)
-        options["norm_eps"] = as_positive(op, "norm_eps", options["norm_eps"])
+        options["norm_eps"] = as_eps(op, "norm_eps", options["norm_eps"])
         options["activation"] = choice(op, "activation", options["activation"], ACTIVATIONS)
         for name in ("norm_first", "bias"):
             options[name] = flag(op, name, options[name])

@@ -5,7 +5,7 @@ import numpy as np
 from .. import _core
 from .._arrays import ArrayLike, as_ids
 from .._config import Activation
-from .._values import as_positive, as_probability, as_size, choice, flag
+from .._values import as_eps, as_probability, as_size, choice, flag
 from .._vjp import Forward, Recorded, method
 from ._layer import ACTIVATIONS, Layer
 
@@ -159,7 +159,7 @@ class LayerNorm(_Norm):
 
     def __init__(self, d_model: int, *, eps: float = 1e-5, bias: bool = True, seed: int | None = None) -> None:
         op = type(self).__name__
-        d, e, b = as_size(op, "d_model", d_model), as_positive(op, "eps", eps), flag(op, "bias", bias)
+        d, e, b = as_size(op, "d_model", d_model), as_eps(op, "eps", eps), flag(op, "bias", bias)
         options = {"d_model": d, "eps": e, "bias": b}
         super().__init__(options, seed, lambda seed: _core.Layer.norm("layer", d, e, b, seed))
 
@@ -184,7 +184,7 @@ class RMSNorm(_Norm):
     """
 
     def __init__(self, d_model: int, *, eps: float = 1e-5, seed: int | None = None) -> None:
-        d, e = as_size("RMSNorm", "d_model", d_model), as_positive("RMSNorm", "eps", eps)
+        d, e = as_size("RMSNorm", "d_model", d_model), as_eps("RMSNorm", "eps", eps)
         super().__init__({"d_model": d, "eps": e}, seed, lambda seed: _core.Layer.norm("rms", d, e, False, seed))
 
 
@@ -218,7 +218,7 @@ class BatchNorm(_Norm):
 
     def __init__(self, d_model: int, *, eps: float = 1e-5, bias: bool = True, seed: int | None = None) -> None:
         op = type(self).__name__
-        d, e, b = as_size(op, "d_model", d_model), as_positive(op, "eps", eps), flag(op, "bias", bias)
+        d, e, b = as_size(op, "d_model", d_model), as_eps(op, "eps", eps), flag(op, "bias", bias)
         options = {"d_model": d, "eps": e, "bias": b}
         super().__init__(options, seed, lambda seed: _core.Layer.norm("batch", d, e, b, seed))
 
