@@ -468,3 +468,72 @@ def test_a_source_of_one_token_joins_a_batch_where_batches_have_statistics():
         groups = [batch for group in plan.groups(epoch) for batch in group]
         assert sorted(np.concatenate(groups)) == list(range(23))
         assert all(plan.data.src_lengths[batch].sum() > 1 for batch in groups)
+
+
+@pytest.mark.parametrize("kind", [tr.schedules.Cosine, tr.schedules.Linear])
+def test_a_schedule_that_only_rises_is_refused(kind):
+    trainer = trainer_of(schedule=kind(warmup=5))
+    with pytest.raises(tr.ConfigError, match="rises up to step 5, and the last one is 5; pass a smaller warmup"):
+        fit(trainer, steps=5)
+    assert trainer.n_steps == 0
+    fit(trainer, steps=6)
+    fit(trainer_of(schedule=kind(warmup=5, total=9)), steps=2)
+
+
+class TestBestOfAnInterruptedFit:
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, LookupError])
+    def test_it_is_kept_and_the_trainer_stays_where_it_is(self, error, capsys):
+        def spoil(trainer, record):
+            if record["epoch"] == 2:
+                trainer.model.load_state_dict({name: 1.7 * array for name, array in weights(trainer).items()})
+            if record["epoch"] == 3:
+                raise error
+
+        one, other = trainer_of(lr=1e-3), trainer_of(lr=1e-3)
+        with pytest.raises(error):
+            fit(one, PAIRS, PAIRS, epochs=9, on_epoch=spoil, progress=None)
+        assert "fit: trainer.restore_best() goes back to epoch 2" in capsys.readouterr().err
+        fit(other, epochs=2)
+        assert one.n_steps > other.n_steps
+        assert one.restore_best() is True
+        assert_same(one, other)
+        assert one.n_steps == other.n_steps
+        assert fit(one, epochs=1)[0]["epoch"] == 3
+        assert one.restore_best() is False
+
+    def test_training_goes_on_from_it(self):
+        def stop(trainer, record):
+            raise KeyboardInterrupt
+
+        one, other = trainer_of(), trainer_of()
+        with pytest.raises(KeyboardInterrupt):
+            fit(one, PAIRS, VALID, epochs=9, on_epoch=stop)
+        fit(other, epochs=1)
+        for _ in range(2):
+            one.step([[3, 4]], [[4, 3]])
+            assert one.restore_best() is True
+        assert without_time(fit(one, epochs=2)) == without_time(fit(other, epochs=2))
+        assert_same(one, other)
+
+    def test_where_there_is_none(self):
+        trainer = trainer_of()
+        assert trainer.restore_best() is False
+        fit(trainer, PAIRS, VALID, epochs=1)
+        assert trainer.restore_best() is False
+        with pytest.raises(tr.ConfigError, match="fitting already"):
+            fit(trainer, epochs=1, on_epoch=lambda trainer, _: trainer.restore_best())
+
+
+@pytest.mark.parametrize("progress", [True, None])
+def test_progress_without_stderr(monkeypatch, progress):
+    monkeypatch.setattr("sys.stderr", None)
+    trainer = trainer_of()
+    assert len(fit(trainer, epochs=1, progress=progress)) == 1
+    list(trainer.model.generate_iter([[3], [4]], max_len=2, progress=bool(progress)))
+
+
+def test_restore_best_is_a_flag():
+    with pytest.raises(tr.DTypeError, match="argument `restore_best`: expected True or False, got 'x'"):
+        fit(trainer_of(), steps=1, restore_best="x")
+    for value in (0, 1, np.bool_(False)):
+        fit(trainer_of(), steps=1, restore_best=value)

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import _core
 from ._sequences import Pairs
-from ._values import as_finite, as_size, maybe_size
+from ._values import as_finite, as_size, flag, maybe_size
 from .errors import ConfigError, DTypeError, ShapeError
 from .schedules import Cosine, Linear
 
@@ -72,6 +72,20 @@ class Epoch:
         self.lr, self.grad_norm = result.lr, result.grad_norm
 
 
+class Best(NamedTuple):
+    """The epoch with the lowest ``valid_loss`` so far. It outlives a ``fit`` that does not come to its end."""
+
+    loss: float
+    step: int
+    snapshot: _core.Snapshot
+    epoch: Epoch
+
+    def restore(self, trainer: "Trainer") -> None:
+        """Go back to it."""
+        trainer._core.restore(self.snapshot)
+        trainer._epoch = dataclasses.replace(self.epoch)
+
+
 class Plan:
     """The steps of every epoch: groups of batches, a function of the data, the settings and the seed."""
 
@@ -104,10 +118,11 @@ def fit(
     max_tokens: Any,
     accumulate: Any,
     on_epoch: Any,
-    restore_best: bool,
+    restore_best: Any,
     progress: Any,
 ) -> list[dict[str, Any]]:
     """See ``Trainer.fit``."""
+    restore_best = flag(_OP, "restore_best", restore_best, numbers=True)
     max_tokens, accumulate = as_size(_OP, "max_tokens", max_tokens, 1), as_size(_OP, "accumulate", accumulate, 1)
     for name, call in (("on_epoch", on_epoch), ("progress", progress)):
         if not (call is None or callable(call) or (name == "progress" and isinstance(call, bool))):
@@ -124,9 +139,9 @@ def fit(
     planned = _planned(trainer, limits, plan, epoch, done)
 
     history: list[dict[str, Any]] = []
-    best: tuple[float, int, Any, Epoch] | None = None
+    trainer._best = None
     steps, seconds, stop = 0, 0.0, False
-    with _Show(progress, planned, limits.seconds, _few_steps(plan, epoch)) as show:
+    with _Show(progress, planned, limits.seconds, _few_steps(plan, epoch), trainer) as show:
         while not stop:
             groups = plan.groups(epoch)
             if not done:
@@ -145,13 +160,14 @@ def fit(
             record = _record(trainer, held, max_tokens)
             history.append(record)
             loss = record["valid_loss"]
-            if restore_best and loss is not None and (best is None or loss < best[0] or math.isnan(best[0])):
-                best = loss, core.step_count(), core.snapshot(), dataclasses.replace(trainer._epoch)
+            best: Best | None = trainer._best
+            if restore_best and loss is not None and (best is None or loss < best.loss or math.isnan(best.loss)):
+                trainer._best = Best(loss, core.step_count(), core.snapshot(), dataclasses.replace(trainer._epoch))
             stop = bool(on_epoch is not None and on_epoch(trainer, record)) or stop or len(history) == limits.epochs
             epoch, done = epoch + 1, 0
-    if best is not None and best[1] != core.step_count():
-        core.restore(best[2])
-        trainer._epoch = best[3]
+    if trainer._best is not None and trainer._best.step != core.step_count():
+        trainer._best.restore(trainer)
+    trainer._best = None
     return history
 
 
@@ -186,10 +202,14 @@ def _planned(trainer: "Trainer", limits: Limits, plan: Plan, epoch: int, done: i
         in_epochs = sum(len(plan.groups(epoch + i)) for i in range(counted)) * limits.epochs // counted - done
         planned = in_epochs if planned is None else min(planned, in_epochs)
     if needs:
+        name = type(trainer.schedule).__name__
         if planned is None:
-            name = type(trainer.schedule).__name__
             raise ConfigError(f"{_OP}: the schedule {name} needs a number of steps; pass {name}(total=...) or steps=")
-        trainer._core.set_total(trainer.n_steps + planned)
+        total, warmup = trainer.n_steps + planned, trainer.schedule.warmup
+        if total <= warmup:
+            message = f"the schedule {name} rises up to step {warmup}, and the last one is {total}"
+            raise ConfigError(f"{_OP}: {message}; pass a smaller warmup, {name}(total=...), or more steps")
+        trainer._core.set_total(total)
     return planned
 
 
@@ -214,7 +234,10 @@ def _record(trainer: "Trainer", held: Pairs | None, max_tokens: int) -> dict[str
 class _Show:
     """A bar on a terminal, a plain line now and then elsewhere, on stderr; or a user's function."""
 
-    def __init__(self, progress: Any, planned: int | None, limit: float | None, hint: str | None) -> None:
+    def __init__(
+        self, progress: Any, planned: int | None, limit: float | None, hint: str | None, trainer: "Trainer"
+    ) -> None:
+        self.trainer = trainer
         self.call = progress if callable(progress) else None
         self.silent = progress is False or self.call is not None
         self.planned, self.limit = planned, limit
@@ -222,7 +245,7 @@ class _Show:
         self.bar: Any = None
         if hint is not None and not self.silent and sys.stderr is not None:
             print(f"fit: {hint}", file=sys.stderr, flush=True)
-        if progress is True or (progress is None and sys.stderr is not None and sys.stderr.isatty()):
+        if sys.stderr is not None and (progress is True or (progress is None and sys.stderr.isatty())):
             try:
                 from tqdm import tqdm
             except ImportError:
@@ -235,9 +258,13 @@ class _Show:
     def __enter__(self) -> "_Show":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
+        best = self.trainer._best
+        if error is not None and best is not None and not self.silent and sys.stderr is not None:
+            line = f"fit: trainer.restore_best() goes back to epoch {best.epoch.number + 1}, the best so far"
+            print(line, file=sys.stderr, flush=True)
 
     def __call__(self, result: "StepResult", tokens: int, seconds: float) -> None:
         if self.call is not None:

@@ -23,6 +23,7 @@ class Schedule:
     """
 
     _kind: ClassVar[str]
+    warmup: int
 
     def __post_init__(self) -> None:
         _core.check_schedule(self._json())

@@ -1,10 +1,11 @@
 """Training: steps, gradients, whole runs, exact resume."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -133,6 +134,7 @@ class Trainer:
         with named(op):
             self._core = _core.Trainer(model._core, as_json(op, settings))
         self._epoch, self._fitting = fitting.Epoch(), threading.Lock()
+        self._best: fitting.Best | None = None
 
     @property
     def model(self) -> Transformer:
@@ -323,7 +325,8 @@ class Trainer:
                 one token that would be a batch alone joins another, beyond ``max_tokens``.)
             accumulate: Batches whose gradients make one step.
             on_epoch: Called with the trainer and the record of every epoch; True stops.
-            restore_best: In the end go back to the epoch with the lowest ``valid_loss``: weights, optimiser and step.
+            restore_best: In the end go back to the epoch with the lowest ``valid_loss``: weights, optimiser and step. Where
+                Ctrl-C or an exception is the end, the trainer stays where it is, and :meth:`restore_best` goes back.
             progress: None shows a bar (with tqdm) or a line now and then on stderr; False shows nothing; True wants the
                 bar; a function is called with every :class:`StepResult`.
 
@@ -333,7 +336,7 @@ class Trainer:
             ``grad_norm`` (both of the last step).
 
         Raises:
-            ConfigError: No limit; a schedule that needs a number of steps, with `minutes` alone.
+            ConfigError: No limit; a schedule that needs a number of steps, with `minutes` alone, or that only rises in these.
             ShapeError: A pair that is longer than `max_tokens` or the table of learned positions, empty, or holds BOS or
                 EOS: before training starts.
 
@@ -347,10 +350,45 @@ class Trainer:
         ([1, 2, 3], True)
         """
         limits = fitting.Limits.of(epochs, steps, minutes)
-        if not self._fitting.acquire(blocking=False):
-            raise ConfigError("Trainer.fit: this trainer is fitting already; use another trainer, or wait")
-        try:
+        with self._alone("Trainer.fit"):
             return fitting.fit(self, pairs, valid, limits, max_tokens, accumulate, on_epoch, restore_best, progress)
+
+    def restore_best(self) -> bool:
+        """Go back to the best epoch of the last :meth:`fit`, where Ctrl-C or an exception ended that: weights, optimiser and
+        step are those with the lowest ``valid_loss``. It is kept in memory, until the next :meth:`fit`.
+
+        Returns:
+            Whether there was one: False without ``valid``, before the first epoch ended, or where :meth:`fit` came to its
+            end and went back itself.
+
+        Raises:
+            ConfigError: The trainer is fitting.
+
+        >>> import transformer_rs as tr
+        >>> config = tr.TransformerConfig(src_vocab=9, tgt_vocab=9, d_model=16, n_heads=2, d_ff=32)
+        >>> trainer = tr.Trainer(tr.Transformer(config, seed=0), seed=0)
+        >>> pairs = [([3, 4, 5], [5, 4, 3]), ([6, 7], [7, 6])]
+        >>> def interrupt(trainer, record):
+        ...     if record["epoch"] == 2:
+        ...         raise KeyboardInterrupt
+        >>> try:
+        ...     _ = trainer.fit(pairs, valid=pairs, epochs=9, on_epoch=interrupt, progress=False)
+        ... except KeyboardInterrupt:
+        ...     print(trainer.restore_best())
+        True
+        """
+        with self._alone("Trainer.restore_best"):
+            if self._best is None:
+                return False
+            self._best.restore(self)
+            return True
+
+    @contextlib.contextmanager
+    def _alone(self, op: str) -> Iterator[None]:
+        if not self._fitting.acquire(blocking=False):
+            raise ConfigError(f"{op}: this trainer is fitting already; use another trainer, or wait")
+        try:
+            yield
         finally:
             self._fitting.release()
 
@@ -400,6 +438,7 @@ class Trainer:
         trainer._optimizer = _optimizer(settings["optimizer"], tuple(settings["no_decay"]))
         trainer._schedule = _schedule(settings["schedule"])
         trainer._epoch, trainer._fitting = fitting.Epoch(**json.loads(epoch)), threading.Lock()
+        trainer._best = None
         return trainer
 
     def __repr__(self) -> str:
