@@ -1,6 +1,8 @@
 """The family of exceptions."""
 
 import copy
+import errno
+import os
 import pickle
 import re
 import subprocess
@@ -54,3 +56,20 @@ print(tr.functional.relu(np.ones(2)))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert re.match(r"OutOfMemoryError .*cannot allocate \d+ .*\n\[1\. 1\.\]", run.stdout), run.stdout
+
+
+def test_a_refusal_of_the_file_system_has_its_number(tmp_path):
+    (tmp_path / "file").write_text("")
+    config = tr.TransformerConfig(src_vocab=9, tgt_vocab=9, d_model=16, n_heads=2, d_ff=8)
+    for call, number in (
+        (lambda: tr.Transformer.load(tmp_path / "nowhere"), errno.ENOENT),
+        (lambda: tr.Transformer(config).save(tmp_path / "file" / "below"), errno.ENOTDIR),
+        (lambda: tr.Bert.from_pretrained(tmp_path / "nowhere"), errno.ENOENT),
+    ):
+        with pytest.raises(tr.StorageError) as caught:
+            call()
+        for error in (caught.value, pickle.loads(pickle.dumps(caught.value))):
+            assert (error.errno, error.strerror) == (number, os.strerror(number))
+            assert str(error).startswith(str(tmp_path)) and str(error).endswith(f"(os error {number})")
+    plain = tr.StorageError("no number")
+    assert (str(plain), str(tr.StorageError()), plain.errno) == ("no number", "", None)

@@ -102,7 +102,7 @@ class Bert(EncoderModel):
         >>> tr.Bert.from_pretrained("no/such/folder")
         Traceback (most recent call last):
             ...
-        transformer_rs.errors.StorageError: no/such/folder/config.json: No such file or directory
+        transformer_rs.errors.StorageError: no/such/folder/config.json: No such file or directory (os error 2)
         """
         folder = as_folder(op := f"{cls.__name__}.from_pretrained", folder)
         values = _config_of(op, folder)
@@ -389,7 +389,7 @@ def _bytes(path: str, needed: bool = False) -> bytes | None:
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not needed:
             return None
-        raise StorageError(f"{path}: {error.strerror}") from None
+        raise StorageError(f"{path}: {error.strerror} (os error {error.errno})") from None
 
 
 def _write(path: str, data: bytes) -> None:
@@ -408,7 +408,7 @@ def _write(path: str, data: bytes) -> None:
                 os.unlink(temporary)
             raise
     except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
+        raise StorageError(f"{path}: {error.strerror} (os error {error.errno})") from None
 
 
 def _json(op: str, path: str, kind: type, needed: bool = False) -> Any:

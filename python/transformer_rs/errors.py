@@ -10,6 +10,9 @@ An interrupt is a plain ``KeyboardInterrupt``.
 ConfigError True
 """
 
+import os
+import re
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -63,7 +66,17 @@ class OutOfMemoryError(TransformerRsError, MemoryError):
 
 
 class StorageError(TransformerRsError, OSError):
-    """The file system refused."""
+    """The file system refused; ``errno`` and ``strerror`` are the system's, where it gave them."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message)
+        # So the texts end that a file system's refusal has here and in the compiled part.
+        if (found := re.search(r"\(os error (\d+)\)$", message)) and os.name == "posix":
+            self.errno = int(found[1])
+            self.strerror = os.strerror(self.errno)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class PullbackError(TransformerRsError, RuntimeError):
