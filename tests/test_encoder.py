@@ -564,6 +564,10 @@ class TestBertKeepsItsTokenizer:
         with pytest.raises(tr.ShapeError, match=r"pass \[text\]"):
             bert.embed(np.array("a"))
 
+    def test_half_of_a_surrogate_pair_is_no_text(self, bert):
+        with pytest.raises(tr.DTypeError, match=r"argument `texts\[1\]`: .* is no valid Unicode"):
+            bert.embed(["a", "b\ud800"])
+
     @pytest.mark.parametrize("ids", [[1.7, 2.2], None, "abc", {"input_ids": [1]}, [[1, 2]]])
     def test_a_tokenizer_gives_whole_numbers(self, bert, ids):
         class Broken:

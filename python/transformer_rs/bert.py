@@ -318,14 +318,22 @@ class Bert(EncoderModel):
             if not isinstance(text, str):
                 message = f"expected a text as the others, got {type(text).__name__}"
                 raise DTypeError(f"{op}: argument `texts[{i}]`: {message}")
-        tokenizer = self._own_tokenizer(op) if tokenizer is None else tokenizer
+        own = tokenizer is None
+        tokenizer = self._own_tokenizer(op) if own else tokenizer
         if not hasattr(tokenizer, "encode"):
             message = f"expected an object with `encode`, got {type(tokenizer).__name__}"
             raise DTypeError(f"{op}: argument `tokenizer`: {message}")
         ids: list[Any] = []
         types: list[Any] = []
         for i, text in enumerate(texts):
-            found = tokenizer.encode(text)
+            try:
+                found = tokenizer.encode(text)
+            except TypeError as error:
+                if own:
+                    raise DTypeError(
+                        f"{op}: argument `texts[{i}]`: {text!r} is no valid Unicode; replace its lone surrogates"
+                    ) from error
+                raise
             place = f"tokenizer.encode(texts[{i}])"
             one = as_ints(op, place, getattr(found, "ids", found))
             real = as_array(op, place, getattr(found, "attention_mask", np.ones_like(one))).astype(bool)
