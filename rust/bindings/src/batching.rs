@@ -6,16 +6,15 @@
 //! of the others decodes alone.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use transformer_core::error::Result;
 use transformer_core::generate::{Decoding, GenerateOptions, Hypothesis, Loaded, Plan};
 use transformer_core::tape::Pool;
+use transformer_core::threads::briefly;
 
 /// Hypotheses of a batch at most: with more, callers wait longer for each other than they gain.
 const MOST: usize = 64;
-/// How long a caller tries to look at the batches. A process that is forked while another thread looks has a child that never can.
-const PATIENCE: Duration = Duration::from_millis(1);
 
 /// What the callers of a batch have in common.
 #[derive(PartialEq)]
@@ -118,15 +117,7 @@ impl Batches {
     }
 
     fn look(&self) -> Option<MutexGuard<'_, Vec<Arc<Batch>>>> {
-        let start = Instant::now();
-        loop {
-            match self.0.try_lock() {
-                Ok(batches) => return Some(batches),
-                Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
-                Err(TryLockError::WouldBlock) if start.elapsed() < PATIENCE => std::thread::yield_now(),
-                Err(TryLockError::WouldBlock) => return None,
-            }
-        }
+        briefly(|| self.0.try_lock())
     }
 }
 

@@ -15,11 +15,12 @@ pub use work::Work;
 
 use crate::bail;
 use crate::error::Result;
+use crate::threads::briefly;
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 /// The variable that turns the profile on for a whole process.
@@ -146,7 +147,7 @@ pub fn rows() -> Vec<Row> {
         let Sums { calls, time, work } = *sums;
         Row { op, part, pass, sizes, calls, seconds: time.as_secs_f64(), work }
     };
-    ROWS.lock().unwrap_or_else(PoisonError::into_inner).iter().map(row).collect()
+    briefly(|| ROWS.try_lock()).map_or_else(Vec::new, |rows| rows.iter().map(row).collect())
 }
 
 /// What was added to the rows of `before` since then.
@@ -236,7 +237,8 @@ impl Running {
         let time = self.start.elapsed();
         let (outer, inside) = self.outer;
         let (_, inner) = INNERMOST.replace((outer, inside + time));
-        let mut rows = ROWS.lock().unwrap_or_else(PoisonError::into_inner);
+        // A process that was forked while the rows were taken measures nothing.
+        let Some(mut rows) = briefly(|| ROWS.try_lock()) else { return };
         let sums = rows.entry((self.name, self.sizes)).or_default();
         sums.calls += 1;
         sums.time += time.saturating_sub(inner);

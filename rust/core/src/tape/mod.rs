@@ -7,6 +7,7 @@ mod backward;
 mod gradcheck;
 mod grads;
 mod layout;
+mod made;
 mod params;
 mod pool;
 mod tensor;

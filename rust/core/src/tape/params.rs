@@ -1,6 +1,7 @@
 //! The numbers of a model's parameters, in one flat arena.
 
 use super::layout::{Entry, Init, Layout, ParamId, StatId, Stored};
+use super::made::Made;
 use crate::error::{Error, Result, Shape};
 use crate::kernels::gemm::{Bf16Rhs, Mat, PackedRhs};
 use crate::kernels::int8::{self, Int8Rhs, Shortlist};
@@ -9,7 +10,7 @@ use crate::simd::{Buffer, Float};
 use crate::threads::{GRAIN, for_each};
 use crate::{bail, ensure};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// The numbers: one flat arena of parameters, one of statistics, and which parameters train.
 #[derive(Debug)]
@@ -19,12 +20,10 @@ pub struct Params<T> {
     stats: Buffer<T>,
     trainable: Vec<bool>,
     version: u64,
-    packed: Mutex<Packed<T>>,
     /// Matrices that are kept in another form than f32.
     compact: HashMap<ParamId, Compact<T>>,
-    /// The tables among them that products read.
-    packed_tables: Mutex<HashMap<ParamId, Compact<T>>>,
-    shortlists: Mutex<Shortlists<T>>,
+    /// Forgotten when a value changes.
+    copies: Copies<T>,
 }
 
 /// A matrix in another form than f32: weights of linear maps as products read them, others as tables. A table that is a weight
@@ -52,11 +51,25 @@ pub enum CompactRhs<T> {
     Int8(Vec<Arc<Int8Rhs>>),
 }
 
-/// Weights in the order in which products of few rows read them, by where they begin and how long they are.
-type Packed<T> = HashMap<(usize, usize), Arc<PackedRhs<T>>>;
+/// Weights as products read them.
+#[derive(Debug)]
+struct Copies<T> {
+    /// In the order in which products of few rows read them, by where they begin and how long they are.
+    packed: Made<(usize, usize), Arc<PackedRhs<T>>>,
+    /// Of tables that are weights too.
+    tables: Made<ParamId, Compact<T>>,
+    /// `None` where there is none.
+    shortlists: Made<Head, Option<Arc<Shortlist<T>>>>,
+}
 
-/// By weight and bias; `None` where there is none.
-type Shortlists<T> = HashMap<(ParamId, Option<ParamId>), Option<Arc<Shortlist<T>>>>;
+/// A weight and its bias.
+type Head = (ParamId, Option<ParamId>);
+
+impl<T> Default for Copies<T> {
+    fn default() -> Self {
+        Copies { packed: Made::default(), tables: Made::default(), shortlists: Made::default() }
+    }
+}
 
 /// The products of a smaller matrix take no longer than a shortlist. (At 2¹⁷ numbers it cost a batch 6 %, at 2¹⁹ it gains 1 to 7 %.)
 pub const SHORTLIST_FROM: usize = 1 << 18;
@@ -87,7 +100,6 @@ impl<T: Float> Params<T> {
     pub fn zeros(layout: Arc<Layout>) -> Result<Self> {
         let (data, stats) = (Buffer::zeroed(layout.len())?, Buffer::zeroed(layout.stats_len())?);
         let trainable = vec![true; layout.params.len()];
-        let (packed, packed_tables, shortlists) = Default::default();
         let mut compact = HashMap::new();
         for id in layout.ids() {
             let Entry { shape, stored, init, .. } = layout.entry(id);
@@ -100,7 +112,7 @@ impl<T: Float> Params<T> {
             };
             compact.insert(id, zeros);
         }
-        Ok(Params { layout, data, stats, trainable, version: 0, packed, compact, packed_tables, shortlists })
+        Ok(Params { layout, data, stats, trainable, version: 0, compact, copies: Copies::default() })
     }
 
     /// The same parameters as numbers of another type, for gradient checks. Matrices must be f32.
@@ -117,10 +129,8 @@ impl<T: Float> Params<T> {
             stats: convert(&self.stats)?,
             trainable: self.trainable.clone(),
             version: self.version,
-            packed: Mutex::default(),
             compact: HashMap::new(),
-            packed_tables: Mutex::default(),
-            shortlists: Mutex::default(),
+            copies: Copies::default(),
         })
     }
 
@@ -151,14 +161,8 @@ impl<T: Float> Params<T> {
     pub fn packed(&self, ids: &[ParamId], rows: usize, cols: usize) -> Result<Arc<PackedRhs<T>>> {
         let weight = self.group(ids);
         let start = ids.first().map_or(0, |&id| self.layout.entry(id).range.start);
-        let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (start, weight.len());
-        if let Some(found) = packed.get(&key) {
-            return Ok(found.clone());
-        }
-        let new = Arc::new(PackedRhs::new(Mat::new(weight, rows, cols)?.t())?);
-        packed.insert(key, new.clone());
-        Ok(new)
+        let pack = || Ok(Arc::new(PackedRhs::new(Mat::new(weight, rows, cols)?.t())?));
+        self.copies.packed.get((start, weight.len()), pack)
     }
 
     /// The same values in another layout of these parameters: matrices rounded to bf16, to the nearest of 255 numbers of each
@@ -248,16 +252,13 @@ impl<T: Float> Params<T> {
     /// A matrix that is kept in another form than f32, for products.
     fn packed_compact(&self, id: ParamId) -> Result<Option<Compact<T>>> {
         let Some(w) = self.compact.get(&id).filter(|w| w.is_table()) else { return Ok(self.compact.get(&id).cloned()) };
-        let mut packed = self.packed_tables.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(found) = packed.get(&id) {
-            return Ok(Some(found.clone()));
-        }
-        let new = match w {
-            Compact::Bf16(w) => Compact::Bf16(w.packed()?.into()),
-            Compact::Int8(w) => Compact::Int8(w.packed()?.into()),
+        let pack = || {
+            Ok(match w {
+                Compact::Bf16(w) => Compact::Bf16(w.packed()?.into()),
+                Compact::Int8(w) => Compact::Int8(w.packed()?.into()),
+            })
         };
-        packed.insert(id, new.clone());
-        Ok(Some(new))
+        self.copies.tables.get(id, pack).map(Some)
     }
 
     /// What says which outputs of a weight, and of its bias, may be the largest; `None` where that would be no faster than to compute
@@ -267,22 +268,18 @@ impl<T: Float> Params<T> {
         if !int8::is_fast() || self.int8(id).is_some() || outputs * depth < SHORTLIST_FROM {
             return Ok(None);
         }
-        let mut shortlists = self.shortlists.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(found) = shortlists.get(&(id, bias)) {
-            return Ok(found.clone());
-        }
-        let numbers = bias.map(|id| self.get(id));
-        let new = match self.bf16(id) {
-            Some(w) => {
-                let mut values = Buffer::zeroed(outputs * depth)?;
-                w.values(&mut values)?;
-                Shortlist::new(&values, numbers, outputs, depth)?
-            }
-            None => Shortlist::new(self.get(id), numbers, outputs, depth)?,
-        };
-        let new = new.map(Arc::new);
-        shortlists.insert((id, bias), new.clone());
-        Ok(new)
+        self.copies.shortlists.get((id, bias), || {
+            let numbers = bias.map(|id| self.get(id));
+            let shortlist = match self.bf16(id) {
+                Some(w) => {
+                    let mut values = Buffer::zeroed(outputs * depth)?;
+                    w.values(&mut values)?;
+                    Shortlist::new(&values, numbers, outputs, depth)?
+                }
+                None => Shortlist::new(self.get(id), numbers, outputs, depth)?,
+            };
+            Ok(shortlist.map(Arc::new))
+        })
     }
 
     /// A row of a matrix, whatever it is kept in.
@@ -297,9 +294,7 @@ impl<T: Float> Params<T> {
     /// The values change.
     fn touch(&mut self) {
         self.version += 1;
-        self.packed_tables.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
-        self.packed.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
-        self.shortlists.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+        self.copies = Copies::default();
     }
 
     /// Overwrites a parameter. Where it is kept in bf16, the numbers are such that bf16 holds.
