@@ -7,7 +7,8 @@ use crate::ops;
 use crate::rows::Rows;
 use crate::simd::Float;
 use crate::tape::{Builder, ParamId, Params, Tape, Var};
-use std::sync::{Arc, Mutex, PoisonError};
+use crate::threads::briefly;
+use std::sync::{Arc, Mutex};
 
 /// Adds positions to embeddings.
 #[derive(Clone, Debug)]
@@ -80,7 +81,7 @@ pub struct SinusoidTable {
 
 impl SinusoidTable {
     fn up_to(&self, positions: usize) -> Arc<Vec<f64>> {
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = briefly(|| self.table.try_lock()).map(|table| table.clone()).unwrap_or_default();
         let d = self.d_model;
         if table.len() < positions * d {
             let known = table.len() / d.max(1);
@@ -91,7 +92,28 @@ impl SinusoidTable {
                     if j % 2 == 0 { libm::sin(angle) } else { libm::cos(angle) }
                 }));
             }
+            if let Some(mut kept) = briefly(|| self.table.try_lock()).filter(|kept| kept.len() < table.len()) {
+                *kept = table.clone();
+            }
         }
-        table.clone()
+        table
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    #[test]
+    fn a_table_that_stays_taken_is_computed_anew() {
+        let table = SinusoidTable { d_model: 4, table: Arc::default() };
+        let (expected, other) = (table.up_to(3), table.clone());
+        let taken = table.table.lock().unwrap(); // as in a child that was forked meanwhile
+        let (say, hear) = mpsc::channel();
+        std::thread::spawn(move || say.send(other.up_to(3)));
+        assert_eq!(hear.recv_timeout(Duration::from_secs(60)).expect("it hangs"), expected);
+        drop(taken);
     }
 }
