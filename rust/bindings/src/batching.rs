@@ -213,7 +213,7 @@ impl Leader<'_> {
         let Caller { batch, first, .. } = self.caller;
         let mut decoding = match self.decoding.take() {
             Some(decoding) => decoding,
-            None => Box::new(Decoding::new(model, draft, &batch.kind.options, false)?),
+            None => Box::new(Decoding::new(model.layers, draft.map(|draft| draft.layers), &batch.kind.options, false)?),
         };
         loop {
             batch.admit(&mut decoding);

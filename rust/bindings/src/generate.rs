@@ -252,13 +252,11 @@ pub struct Decoder {
 
 impl Decoder {
     /// A decoding by this model, of no source yet.
-    pub fn new(py: Python<'_>, model: Arc<Model>, draft: Option<Arc<Model>>, settings: Settings) -> PyResult<Self> {
+    pub fn new(model: Arc<Model>, draft: Option<Arc<Model>>, settings: Settings) -> PyResult<Self> {
         let (options, processor) = settings.split();
         options.check(model.layers.config(), None).map_err(raise)?;
-        let processed = processor.is_some();
-        let decoding = door::run(py, || {
-            read(&model, draft.as_deref(), |model, draft, _| Decoding::new(model, draft, &options, processed))
-        })?;
+        let guesses = draft.as_ref().map(|draft| &draft.layers);
+        let decoding = Decoding::new(&model.layers, guesses, &options, processor.is_some()).map_err(raise)?;
         let (decoding, stopped) = (Mutex::new(decoding), AtomicBool::new(false));
         Ok(Decoder { model, draft, options, processor, decoding, stopped })
     }

@@ -186,14 +186,9 @@ impl Transformer {
     }
 
     /// A decoding that goes on when it is asked to.
-    fn decoder(
-        &self,
-        py: Python<'_>,
-        settings: generate::Settings,
-        draft: Option<&Bound<'_, Self>>,
-    ) -> PyResult<generate::Decoder> {
+    fn decoder(&self, settings: generate::Settings, draft: Option<&Bound<'_, Self>>) -> PyResult<generate::Decoder> {
         let draft = draft.map(|draft| Arc::clone(&draft.get().model));
-        generate::Decoder::new(py, Arc::clone(&self.model), draft, settings)
+        generate::Decoder::new(Arc::clone(&self.model), draft, settings)
     }
 
     /// Encoder states (R, D).

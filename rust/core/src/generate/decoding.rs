@@ -12,7 +12,7 @@ use crate::ensure;
 use crate::error::Result;
 use crate::kernels::softmax::log_sum_exp;
 use crate::kernels::top_k::Entry;
-use crate::models::DecoderState;
+use crate::models::{DecoderState, Transformer};
 use crate::profile::{self, Work};
 use crate::rows::Rows;
 use crate::tape::{Pool, Tape};
@@ -42,17 +42,17 @@ pub struct Decoding {
 impl Decoding {
     /// No sources yet. `processed` says whether [`Decoding::step`] will get a processor, `draft` is the one that it will get.
     pub fn new(
-        model: Loaded<'_>,
-        draft: Option<Loaded<'_>>,
+        model: &Transformer,
+        draft: Option<&Transformer>,
         options: &GenerateOptions,
         processed: bool,
     ) -> Result<Self> {
         if let Some(draft) = draft {
-            draft::check(model, draft, options, processed)?;
+            draft::check(model.config(), draft.config(), options, processed)?;
         }
-        let room = Room::of([Some(model), draft].into_iter().flatten().map(|loaded| loaded.layers.config()), options);
+        let room = Room::of([Some(model), draft].into_iter().flatten().map(Transformer::config), options);
         let options = Arc::new(options.clone());
-        let choice = Choice::new(options.clone(), model.layers.config(), processed);
+        let choice = Choice::new(options.clone(), model.config(), processed);
         let (beams, waiting, guesser) = Default::default();
         Ok(Decoding { options, choice, state: None, beams, waiting, room, guesser, version: None })
     }

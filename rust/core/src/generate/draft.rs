@@ -10,7 +10,7 @@ use super::options::GenerateOptions;
 use super::{Loaded, join, on_tape, some_rows};
 use crate::ensure;
 use crate::error::Result;
-use crate::models::DecoderState;
+use crate::models::{DecoderState, TransformerConfig};
 use crate::profile::{self, Work};
 use crate::rows::Rows;
 use crate::tape::Pool;
@@ -32,8 +32,12 @@ pub(super) struct Guesser {
 }
 
 /// Refuses a draft that cannot help this model with these options.
-pub(super) fn check(model: Loaded<'_>, draft: Loaded<'_>, options: &GenerateOptions, processed: bool) -> Result<()> {
-    let (config, other) = (model.layers.config(), draft.layers.config());
+pub(super) fn check(
+    config: &TransformerConfig,
+    other: &TransformerConfig,
+    options: &GenerateOptions,
+    processed: bool,
+) -> Result<()> {
     for (name, expected, got) in [
         ("src_vocab", config.src_vocab, other.src_vocab),
         ("tgt_vocab", config.tgt_vocab, other.tgt_vocab),
@@ -285,8 +289,8 @@ mod tests {
                 "{error}"
             );
         }
-        let loaded = fixture.loaded();
-        let error = Decoding::new(loaded, Some(loaded), &greedy, true).unwrap_err();
+        let layers = fixture.loaded().layers;
+        let error = Decoding::new(layers, Some(layers), &greedy, true).unwrap_err();
         assert!(matches!(&error, Error::Config(message) if message.contains("logits_processor")), "{error}");
     }
 }

@@ -88,7 +88,7 @@ pub fn hypotheses(
     ensure!(src.len() == rows.total(), Shape, "hypotheses: {} ids for rows of {}", src.len(), rows.total());
     let plans = options.plans(model.layers.config(), rows, 0..)?;
     let mut found = vec![Vec::new(); plans.len()];
-    let mut decoding = Decoding::new(model, draft, options, processor.is_some())?;
+    let mut decoding = Decoding::new(model.layers, draft.map(|draft| draft.layers), options, processor.is_some())?;
     decoding.push(plans, src)?;
     threads::section(None, || {
         while decoding.sources() > 0 {

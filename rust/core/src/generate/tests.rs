@@ -398,7 +398,7 @@ fn weights_that_change_between_steps_are_an_error() {
     let mut fixture = Fixture::new(config(), 1);
     let (options, mut pool) = (beams(2, 1), Pool::default());
     let plans = options.plans(fixture.model.config(), &Rows::from_lengths(&[2]), 0..).unwrap();
-    let mut decoding = Decoding::new(fixture.loaded(), None, &options, false).unwrap();
+    let mut decoding = Decoding::new(&fixture.model, None, &options, false).unwrap();
     decoding.push(plans, &[3, 4]).unwrap();
     assert!(decoding.step(fixture.loaded(), None, &mut pool, None).unwrap().is_empty());
     fixture.change("head.bias", |_, b| b + 1.0);
@@ -409,7 +409,7 @@ fn weights_that_change_between_steps_are_an_error() {
     // The same goes for a draft.
     let (mut draft, options) = (Fixture::new(config(), 2), beams(1, 1));
     let plans = options.plans(fixture.model.config(), &Rows::from_lengths(&[2]), 0..).unwrap();
-    let mut decoding = Decoding::new(fixture.loaded(), Some(draft.loaded()), &options, false).unwrap();
+    let mut decoding = Decoding::new(&fixture.model, Some(&draft.model), &options, false).unwrap();
     decoding.push(plans, &[3, 4]).unwrap();
     decoding.step(fixture.loaded(), Some(draft.loaded()), &mut pool, None).unwrap();
     draft.change("head.bias", |_, b| b + 1.0);
