@@ -23,12 +23,15 @@ pub fn run<R: Send>(py: Python<'_>, work: impl FnOnce() -> Result<R> + Send) -> 
     run_until(py, None, work)
 }
 
-/// [`run`], ended as by Ctrl-C when another thread sets `stop`.
+/// [`run`], ended as by Ctrl-C when another thread sets `stop`, and not begun when it is set.
 pub fn run_until<R: Send>(
     py: Python<'_>,
     stop: Option<&AtomicBool>,
     work: impl FnOnce() -> Result<R> + Send,
 ) -> PyResult<R> {
+    if stop.is_some_and(|stop| stop.load(Ordering::Relaxed)) {
+        return Err(raise(Error::Interrupted));
+    }
     simd::isa().map_err(raise)?;
     profile::check().map_err(raise)?;
     let limit = context_limit(py)?;
