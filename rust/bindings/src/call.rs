@@ -6,10 +6,11 @@ use crate::door;
 use crate::errors::{PullbackError, ShapeError, raise};
 use crate::form::Form;
 use crate::pools::Home;
+use crate::shared::Shared;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use std::any::Any;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError};
 use transformer_core::error::{Result, Shape};
 use transformer_core::rng::Key;
 use transformer_core::simd::zeros;
@@ -25,8 +26,8 @@ pub struct Weights<T> {
 
 impl<T: Real> Weights<T> {
     /// Weights that calls, pullbacks and optimisers share.
-    pub fn shared(params: Params<T>) -> Arc<RwLock<Self>> {
-        Arc::new(RwLock::new(Weights { params, committed: 0 }))
+    pub fn shared(params: Params<T>) -> Arc<Shared<Self>> {
+        Arc::new(Shared::new(Weights { params, committed: 0 }))
     }
 
     fn version(&self, training: bool) -> u64 {
@@ -200,7 +201,7 @@ impl<'py, T: Real> Call<'py, T> {
     }
 
     /// The weights that were declared.
-    fn take_weights(&mut self) -> PyResult<Arc<RwLock<Weights<T>>>> {
+    fn take_weights(&mut self) -> PyResult<Arc<Shared<Weights<T>>>> {
         let layout = Arc::new(std::mem::take(&mut self.builder).finish());
         let mut params = Params::init(layout, 0).map_err(raise)?;
         for (id, values) in self.values.drain(..) {
@@ -220,17 +221,15 @@ impl<'py, T: Real> Call<'py, T> {
     /// Runs on the weights of a layer.
     pub fn run_on<E: Send>(
         self,
-        weights: Arc<RwLock<Weights<T>>>,
+        weights: Arc<Shared<Weights<T>>>,
         form: Form,
         work: impl FnOnce(&mut Tape<T>, &Params<T>) -> Result<(Var, E)> + Send,
     ) -> PyResult<(Answer<'py>, E)> {
         let Call { py, mode, scale, mut tape, home, named, inputs, .. } = self;
         let training = mode.seed.is_some();
         let (values, recorded, extra) = door::run(py, move || {
-            let guard = weights.read().unwrap_or_else(PoisonError::into_inner);
-            let version = guard.version(training);
-            let (output, extra) = work(&mut tape, &guard.params)?;
-            drop(guard);
+            let (version, (output, extra)) =
+                weights.read(|weights| Ok((weights.version(training), work(&mut tape, &weights.params)?)))?;
             let mut values = form.unpack(tape.value(output)?)?;
             if scale != T::ONE {
                 values.iter_mut().for_each(|y| *y *= scale);
@@ -247,7 +246,7 @@ impl<'py, T: Real> Call<'py, T> {
 /// A finished forward pass that can be walked back once. Its buffers go home with it, walked or not.
 struct Recorded<T: Real> {
     tape: Tape<T>,
-    weights: Arc<RwLock<Weights<T>>>,
+    weights: Arc<Shared<Weights<T>>>,
     version: u64,
     training: bool,
     inputs: Vec<Input>,
@@ -289,12 +288,15 @@ impl<T: Real> Walk for Recorded<T> {
             if self.scale != T::ONE {
                 dy.iter_mut().for_each(|y| *y *= self.scale);
             }
-            let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
-            if weights.version(self.training) != self.version {
-                return Ok(None);
-            }
-            let mut grads = self.home.take_grads(&weights.params)?;
-            let mut dvars = self.tape.backward(&weights.params, &mut grads, [(self.output, dy)])?;
+            let walked = self.weights.read(|weights| {
+                if weights.version(self.training) != self.version {
+                    return Ok(None);
+                }
+                let mut grads = self.home.take_grads(&weights.params)?;
+                let dvars = self.tape.backward(&weights.params, &mut grads, [(self.output, dy)])?;
+                Ok(Some((grads, dvars, Arc::clone(weights.params.layout()))))
+            })?;
+            let Some((mut grads, mut dvars, layout)) = walked else { return Ok(None) };
             grads.complete(&mut self.tape.pool)?;
             let dw = |id: ParamId| grads.get(id).map(copy).transpose();
 
@@ -315,8 +317,6 @@ impl<T: Real> Walk for Recorded<T> {
                     }
                 });
             }
-            let layout = Arc::clone(weights.params.layout());
-            drop(weights);
             // The weights of a function are arguments of it, those of a layer f32.
             let named = if self.named {
                 let of: Box<dyn Any> = Box::new(LayerGrads { layout, grads: Some(grads), home: self.home.clone() });
@@ -328,7 +328,7 @@ impl<T: Real> Walk for Recorded<T> {
             taken.into_iter().filter_map(|(_, dx)| dx).for_each(|dx| self.tape.pool.recycle(dx));
             let statistics = self.tape.take_statistics();
             if !statistics.is_empty() {
-                self.weights.write().unwrap_or_else(PoisonError::into_inner).commit(statistics)?;
+                self.weights.write(|weights| weights.commit(statistics))?;
             }
             Ok(Some((arguments, named)))
         })?;

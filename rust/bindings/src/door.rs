@@ -18,7 +18,7 @@ const POLL_EVERY: Duration = Duration::from_millis(50);
 /// Runs `work` without the interpreter, inside a hot section. Signals are looked for at most every 50 ms, and what
 /// a handler raises (Ctrl-C: KeyboardInterrupt) comes out; errors become exceptions, panics included.
 ///
-/// Nothing else in this crate lets go of the interpreter. Locks that a long call may hold are taken inside `work`.
+/// Only this file lets go of the interpreter. Locks that a long call may hold are taken inside `work`.
 pub fn run<R: Send>(py: Python<'_>, work: impl FnOnce() -> Result<R> + Send) -> PyResult<R> {
     run_until(py, None, work)
 }
@@ -41,7 +41,7 @@ pub fn run_until<R: Send>(
         let raised = Cell::new(None);
         let poll = || {
             // Only the main thread runs signal handlers: the others need not ask.
-            let signals = if main { Python::attach(|py| py.check_signals()) } else { Ok(()) };
+            let signals = if main { call_back(|py| py.check_signals()) } else { Ok(()) };
             let end = signals.is_err() || stop.is_some_and(|stop| stop.load(Ordering::Relaxed));
             raised.set(signals.err());
             end
@@ -59,6 +59,30 @@ pub fn run_until<R: Send>(
         (Err(Error::Interrupted), Some(raised)) => Err(raised),
         (result, _) => result.map_err(raise),
     }
+}
+
+thread_local! {
+    /// How many calls of this thread are waiting for Python.
+    static OUTER: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Runs Python in the midst of a call: signal handlers, or a hook.
+pub fn call_back<R>(work: impl FnOnce(Python<'_>) -> R) -> R {
+    struct Leave;
+    impl Drop for Leave {
+        fn drop(&mut self) {
+            OUTER.set(OUTER.get() - 1);
+        }
+    }
+    OUTER.set(OUTER.get() + 1);
+    let _leave = Leave;
+    Python::attach(work)
+}
+
+/// Whether Python that a call of this thread runs has called again. That one goes on only when we are done, so nothing that it
+/// holds can be waited for.
+pub fn is_nested() -> bool {
+    OUTER.get() > 0
 }
 
 /// Lets go of the interpreter until `attempt` has something, outside of any section. It comes back when its patience ends, and

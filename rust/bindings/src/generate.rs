@@ -148,7 +148,7 @@ impl Hook<'_> {
                 Err(_) => Err(DTypeError::new_err("logits_processor: expected an f32 array")),
             }
         };
-        Python::attach(ask).map_err(|raised| {
+        door::call_back(ask).map_err(|raised| {
             *self.raised.lock().unwrap_or_else(PoisonError::into_inner) = Some(raised);
             Error::Interrupted
         })
@@ -185,7 +185,8 @@ fn found<'py>(py: Python<'py>, hypotheses: Vec<Hypothesis>, k: usize) -> PyResul
     hypotheses.into_iter().map(give).collect()
 }
 
-/// The best hypotheses of every source, decoded together with what others ask for; `None` says to decode alone.
+/// The best hypotheses of every source, decoded together with what others ask for; `None` says to decode alone, as does a call
+/// from within another, which may lead all others.
 fn together(
     py: Python<'_>,
     model: &Model,
@@ -193,6 +194,9 @@ fn together(
     src: &Sequences,
     options: &GenerateOptions,
 ) -> PyResult<Option<Vec<Vec<Hypothesis>>>> {
+    if door::is_nested() {
+        return Ok(None);
+    }
     let plans = options.plans(model.layers.config(), &src.rows(), 0..).map_err(raise)?;
     let address = draft.map(|draft| std::ptr::from_ref(draft).addr());
     let kind = Kind::new(options, address, door::context_limit(py)?);

@@ -7,11 +7,12 @@ use crate::errors::{ConfigError, ShapeError, raise};
 use crate::form::Form;
 use crate::functional::dense_mask;
 use crate::pools::Home;
+use crate::shared::Shared;
 use numpy::{PyArray1, PyArrayDyn};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::path::PathBuf;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use transformer_core::checkpoint::{self, Checkpoint};
 use transformer_core::error::{Error, Result};
 use transformer_core::models::{Encoder, EncoderConfig, Pooled};
@@ -47,7 +48,7 @@ enum Module {
 pub struct Layer {
     module: Module,
     /// Calls read them, optimisers write them; locked inside the door.
-    pub weights: Arc<RwLock<Weights<f32>>>,
+    pub weights: Arc<Shared<Weights<f32>>>,
     home: Home<f32>,
 }
 
@@ -176,29 +177,21 @@ impl Layer {
 
     /// Name and shape of every parameter; statistics are none.
     fn parameters(&self, py: Python<'_>) -> PyResult<Vec<(String, Vec<usize>)>> {
-        door::run(py, || {
-            let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
-            let layout = weights.params.layout();
+        self.read(py, |params| {
+            let layout = params.layout();
             Ok(layout.ids().map(|id| layout.entry(id)).map(|entry| (entry.name.clone(), entry.shape.clone())).collect())
         })
     }
 
     /// Copies of all parameters and statistics.
     fn state_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let state = door::run(py, || {
-            let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
-            State::of(&weights.params)
-        })?;
-        state.give(py)
+        self.read(py, State::of)?.give(py)
     }
 
     /// Takes all parameters and statistics over, or none of them.
     fn load_state_dict(&self, py: Python<'_>, arrays: &Bound<'_, PyDict>) -> PyResult<()> {
         let state = State::read(arrays)?;
-        door::run(py, || {
-            let mut weights = self.weights.write().unwrap_or_else(PoisonError::into_inner);
-            state.load_into(&mut weights.params, &[])
-        })
+        door::run(py, || self.weights.write(|weights| state.load_into(&mut weights.params, &[])))
     }
 
     /// The encoder of a config, with fresh weights.
@@ -222,19 +215,13 @@ impl Layer {
     /// The same encoder with its matrices in another precision.
     fn convert_encoder(&self, py: Python<'_>, precision: &str) -> PyResult<Self> {
         let (encoder, stored) = (self.as_encoder()?.clone(), stored_in(precision)?);
-        let params = door::run(py, || {
-            let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
-            weights.params.convert(encoder.layout_in(stored))
-        })?;
+        let params = self.read(py, |params| params.convert(encoder.layout_in(stored)))?;
         Ok(Self::of_encoder(encoder, params))
     }
 
     /// What matrices are kept in.
     fn precision(&self, py: Python<'_>) -> PyResult<&'static str> {
-        door::run(py, || {
-            let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
-            Ok(weights.params.stored().name())
-        })
+        self.read(py, |params| Ok(params.stored().name()))
     }
 
     /// The encoder of a folder.
@@ -258,11 +245,8 @@ impl Layer {
 
     /// Writes an encoder into a folder.
     fn save_encoder(&self, py: Python<'_>, folder: PathBuf) -> PyResult<()> {
-        let encoder = self.as_encoder()?;
-        door::run(py, || {
-            let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
-            checkpoint::save_model(&folder, &encoder.config().to_json(), ENCODER, &weights.params)
-        })
+        let config = self.as_encoder()?.config().to_json();
+        self.read(py, |params| checkpoint::save_model(&folder, &config, ENCODER, params))
     }
 
     /// The config of an encoder.
@@ -397,6 +381,10 @@ impl Layer {
     fn of_encoder(encoder: Encoder, params: Params<f32>) -> Self {
         let (module, weights) = (Module::Encoder(Box::new(encoder)), Weights::shared(params));
         Layer { module, weights, home: Home::of_layer() }
+    }
+
+    fn read<R: Send>(&self, py: Python<'_>, work: impl FnOnce(&Params<f32>) -> Result<R> + Send) -> PyResult<R> {
+        door::run(py, || self.weights.read(|weights| work(&weights.params)))
     }
 
     fn as_encoder(&self) -> PyResult<&Encoder> {

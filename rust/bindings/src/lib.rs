@@ -13,6 +13,7 @@ pub mod model;
 pub mod optimizer;
 pub mod pools;
 pub mod profile;
+pub mod shared;
 pub mod threads;
 pub mod trainer;
 pub mod transformer;

@@ -4,42 +4,24 @@ use crate::arrays::{token_ids, with_slice};
 use crate::batching::Batches;
 use crate::errors::ShapeError;
 use crate::pools::Home;
+use crate::shared::{Shared, patiently};
 use numpy::{PyArray1, PyArrayMethods};
 use pyo3::prelude::*;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, RwLock, TryLockError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard};
 use transformer_core::checkpoint::Checkpoint;
 use transformer_core::error::{Error, Result};
 use transformer_core::models::{self, TransformerConfig};
 use transformer_core::rows::Rows;
 use transformer_core::tape::{Params, Pool, Stored, Tape};
-use transformer_core::threads;
 
 /// What `model_type` says in `config.json`.
 const MODEL_TYPE: &str = "transformer";
 
-/// Takes a lock as soon as it is free. Called inside [`crate::door::run`]: Ctrl-C ends the wait.
-pub fn patiently<G>(attempt: impl Fn() -> Result<G, TryLockError<G>>) -> Result<G> {
-    loop {
-        match attempt() {
-            Ok(guard) => return Ok(guard),
-            // What is written under a lock is written by steps that are whole or not done.
-            Err(TryLockError::Poisoned(poisoned)) => return Ok(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => {
-                threads::parallel(1, |_| ())?; // asks whether to stop
-                std::thread::sleep(Duration::from_micros(100));
-            }
-        }
-    }
-}
-
 /// A model, shared by its Python object and its trainers.
 pub struct Model {
     pub layers: models::Transformer,
-    params: RwLock<Params<f32>>,
-    /// Held while waiting for `params`: a writer in wait is overtaken by no reader.
-    queue: Mutex<()>,
+    params: Shared<Params<f32>>,
     /// Held by a training step from its forward pass to its update, so that the steps of two trainers do not mix.
     training: Mutex<()>,
     home: Home<f32>,
@@ -50,8 +32,8 @@ pub struct Model {
 impl Model {
     /// A model of these weights.
     pub fn new(layers: models::Transformer, params: Params<f32>) -> Arc<Self> {
-        let (queue, training, batches) = Default::default();
-        Arc::new(Model { layers, params: RwLock::new(params), queue, training, home: Home::of_layer(), batches })
+        let (training, batches) = Default::default();
+        Arc::new(Model { layers, params: Shared::new(params), training, home: Home::of_layer(), batches })
     }
 
     /// Weights of zero, for values that come from elsewhere.
@@ -63,23 +45,17 @@ impl Model {
 
     /// Reads the weights, beside any number of others.
     pub fn read<R>(&self, work: impl FnOnce(&Params<f32>) -> Result<R>) -> Result<R> {
-        let queue = patiently(|| self.queue.try_lock())?;
-        let params = patiently(|| self.params.try_read())?;
-        drop(queue);
-        work(&params)
+        self.params.read(work)
     }
 
     /// Writes the weights, alone.
     pub fn write<R>(&self, work: impl FnOnce(&mut Params<f32>) -> Result<R>) -> Result<R> {
-        let queue = patiently(|| self.queue.try_lock())?;
-        let mut params = patiently(|| self.params.try_write())?;
-        drop(queue);
-        work(&mut params)
+        self.params.write(work)
     }
 
     /// Keeps others from writing while the guard lives.
     pub fn alone(&self) -> Result<MutexGuard<'_, ()>> {
-        patiently(|| self.training.try_lock())
+        patiently("the model's training", || self.training.try_lock())
     }
 
     /// Reads the weights, with a pool of buffers.

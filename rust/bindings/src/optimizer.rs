@@ -1,11 +1,11 @@
 //! Optimisers for layers, and what checks the settings of training.
 
 use crate::arrays::read_named;
-use crate::call::{Gradients, LayerGrads};
+use crate::call::{Gradients, LayerGrads, Weights};
 use crate::door;
 use crate::errors::raise;
 use crate::layer::Layer;
-use crate::model::patiently;
+use crate::shared::patiently;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use serde::de::DeserializeOwned;
@@ -37,9 +37,8 @@ impl OptimizerState {
             Given::Kept(grads) => (Some(&grads.get().of), Vec::new()),
             Given::Arrays(arrays) => (None, read_named::<f32>(arrays)?),
         };
-        door::run(py, || {
-            let mut weights = patiently(|| layer.weights.try_write())?;
-            let mut state = patiently(|| self.state.try_lock())?;
+        let update = |weights: &mut Weights<f32>| {
+            let mut state = patiently("the optimiser's state", || self.state.try_lock())?;
             let params = &mut weights.params;
             let (state, own) = match &mut *state {
                 Some(known) => known,
@@ -63,7 +62,8 @@ impl OptimizerState {
             let norm = global_norm(grads, 1.0)?;
             check_norm("argument `grads`", params, grads, norm)?;
             uninterrupted(|| state.update(&self.optimizer, params, grads, lr, [1.0, clip_scale(norm, clip)]))
-        })
+        };
+        door::run(py, || layer.weights.write(update))
     }
 }
 

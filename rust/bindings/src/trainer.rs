@@ -3,7 +3,8 @@
 use crate::arrays::{named_arrays, read_named, with_slice};
 use crate::door;
 use crate::errors::{ShapeError, raise};
-use crate::model::{Model, Sequences, patiently};
+use crate::model::{Model, Sequences};
+use crate::shared::patiently;
 use crate::transformer::Transformer;
 use numpy::{PyArray1, PyArrayMethods};
 use pyo3::prelude::*;
@@ -196,7 +197,7 @@ impl Trainer {
 
     /// Works on the state, alone and without the interpreter.
     fn run<R: Send>(&self, py: Python<'_>, work: impl FnOnce(&mut State) -> Result<R> + Send) -> PyResult<R> {
-        door::run(py, || work(&mut *patiently(|| self.state.try_lock())?))
+        door::run(py, || work(&mut *patiently("the trainer", || self.state.try_lock())?))
     }
 
     /// Gradients, whether they can be applied, and the right to do so before anybody else writes.
