@@ -197,11 +197,16 @@ impl Caller<'_> {
 
 impl Drop for Caller<'_> {
     fn drop(&mut self) {
-        let mut batches = self.batches.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let batches = self.batches.look();
         let mut state = self.batch.state();
         state.answers.remove(&self.first);
         state.callers -= 1;
-        if state.callers == 0 {
+        // What it asked for and nobody has begun is not begun.
+        let State { requests, rows, .. } = &mut *state;
+        for request in requests.extract_if(.., |request| request.first == self.first) {
+            *rows -= request.plans.len() * self.batch.kind.options.width();
+        }
+        if let Some(mut batches) = batches.filter(|_| state.callers == 0) {
             batches.retain(|batch| !Arc::ptr_eq(batch, &self.batch));
         }
     }
@@ -236,6 +241,7 @@ impl Drop for Leader<'_> {
         if !self.done {
             let mut state = self.caller.batch.state();
             state.answers.clear();
+            state.requests.clear();
             state.rows = MOST; // nobody joins it any more
             self.caller.batch.news.notify_all();
         }
