@@ -11,14 +11,15 @@ use crate::shared::Shared;
 use numpy::{PyArray1, PyArrayDyn};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
+use serde::de::DeserializeOwned;
 use std::path::PathBuf;
 use std::sync::Arc;
 use transformer_core::checkpoint::{self, Checkpoint};
 use transformer_core::error::{Error, Result};
 use transformer_core::models::{Encoder, EncoderConfig, Pooled};
 use transformer_core::nn::{
-    AttentionConfig, Cross, Embedding, FeedForward, FeedForwardActivation, LayerConfig, Linear, MultiHeadAttention,
-    Norm, NormKind, Source, Stack, TransformerLayer,
+    AttentionConfig, Cross, Embedding, FeedForward, LayerConfig, Linear, MultiHeadAttention, Norm, Source, Stack,
+    TransformerLayer,
 };
 use transformer_core::ops::{self, Masks};
 use transformer_core::rows::Rows;
@@ -71,26 +72,9 @@ pub struct BlockOptions {
     final_norm: bool,
 }
 
-fn activation(name: &str) -> PyResult<FeedForwardActivation> {
-    use FeedForwardActivation as A;
-    Ok(match name {
-        "relu" => A::Relu,
-        "gelu" => A::Gelu,
-        "gelu_tanh" => A::GeluTanh,
-        "silu" => A::Silu,
-        "glu" => A::Glu,
-        "swiglu" => A::Swiglu,
-        _ => return Err(ConfigError::new_err(format!("unknown activation {name:?}"))),
-    })
-}
-
-fn norm_kind(name: &str) -> PyResult<NormKind> {
-    match name {
-        "layer" => Ok(NormKind::Layer),
-        "rms" => Ok(NormKind::Rms),
-        "batch" => Ok(NormKind::Batch),
-        _ => Err(ConfigError::new_err(format!("unknown norm {name:?}"))),
-    }
+/// A choice by its name.
+fn named<T: DeserializeOwned>(what: &str, name: &str) -> PyResult<T> {
+    serde_json::from_value(name.into()).map_err(|error| ConfigError::new_err(format!("{what}: {error}")))
 }
 
 impl Layer {
@@ -119,7 +103,7 @@ impl Layer {
 
     #[staticmethod]
     fn norm(py: Python<'_>, kind: &str, d_model: usize, eps: f64, bias: bool, seed: u64) -> PyResult<Self> {
-        let kind = norm_kind(kind)?;
+        let kind = named("norm", kind)?;
         Self::build(py, seed, |b| Module::Norm(Norm::new(b, "", d_model, kind, eps, bias)))
     }
 
@@ -133,7 +117,7 @@ impl Layer {
         dropout: f64,
         seed: u64,
     ) -> PyResult<Self> {
-        let kind = activation(kind)?;
+        let kind = named("activation", kind)?;
         Self::build(py, seed, |b| Module::FeedForward(FeedForward::new(b, d_model, d_ff, kind, bias, dropout)))
     }
 
@@ -160,8 +144,8 @@ impl Layer {
         let config = LayerConfig {
             attention: AttentionConfig { bias: o.bias, dropout: o.dropout, ..attention },
             d_ff: o.d_ff,
-            activation: activation(&o.activation)?,
-            norm: norm_kind(&o.norm)?,
+            activation: named("activation", &o.activation)?,
+            norm: named("norm", &o.norm)?,
             norm_first: o.norm_first,
             norm_eps: o.norm_eps,
             bias: o.bias,
@@ -272,13 +256,11 @@ impl Layer {
         let config = encoder.config();
         let ids = token_ids(&ids)?;
         let token_types = token_types.as_ref().map(token_ids).transpose()?;
-        let rows = rows_of("ids", &Form::Plain { shape: vec![ids.len(), 1], cols: 1 }, lengths)?;
+        let rows = rows_of("ids", ids.len(), &lengths)?;
         let pooling = match pooling {
             _ if logits => config.pooling,
-            None | Some("none") => Pooled::None,
-            Some("cls") => Pooled::Cls,
-            Some("mean") => Pooled::Mean,
-            Some(other) => return Err(ConfigError::new_err(format!("unknown pooling {other:?}"))),
+            None => Pooled::None,
+            Some(name) => named("pooling", name)?,
         };
         let cols = if logits { config.head.unwrap_or(0) } else { config.d_model };
         let shape = vec![if pooling == Pooled::None { rows.total() } else { rows.sequences() }, cols];
@@ -335,12 +317,12 @@ impl Layer {
         let memory_keep = memory_keep.as_ref().map(dense_mask).transpose()?;
         let mut call = Call::of_layer(py, Mode { gradients, seed }, &self.home);
         let form = Form::rows(x.shape())?;
-        let rows = rows_of("x", &form, lengths)?;
+        let rows = rows_of("x", form.size().0, &lengths)?;
         let x = call.leaf(&x, form.clone())?;
         let memory = match memory {
             Some((memory, lengths)) => {
                 let form = Form::rows(memory.shape())?;
-                let rows = rows_of("memory", &form, lengths)?;
+                let rows = rows_of("memory", form.size().0, &lengths)?;
                 Some((call.leaf(&memory, form)?, rows))
             }
             None => None,
@@ -406,14 +388,13 @@ impl Layer {
 }
 
 /// Where sequences lie among the rows of an argument.
-fn rows_of(name: &str, form: &Form, lengths: Vec<usize>) -> PyResult<Rows> {
-    let (rows, sum) = (form.size().0, lengths.iter().try_fold(0usize, |sum, &n| sum.checked_add(n)));
-    if sum != Some(rows) {
-        return Err(ShapeError::new_err(format!(
-            "argument `{name}`: {rows} rows in sequences of {sum:?} rows together"
-        )));
+fn rows_of(name: &str, rows: usize, lengths: &[usize]) -> PyResult<Rows> {
+    let sum = lengths.iter().fold(0usize, |sum, &n| sum.saturating_add(n));
+    if sum != rows {
+        let text = format!("argument `{name}`: expected sequences of {rows} rows together, got lengths of {sum}");
+        return Err(ShapeError::new_err(text));
     }
-    Ok(Rows::from_lengths(&lengths))
+    Ok(Rows::from_lengths(lengths))
 }
 
 /// Checks the config of an encoder given as JSON and gives it back as the engine reads it.
