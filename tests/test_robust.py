@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import transformer_rs as tr
+from transformer_rs._decoding import settings
 
 START = """
 import _thread, itertools, os, signal, sys, threading, time
@@ -184,6 +185,120 @@ class TestInterrupt:
             print(late)
         """)
         assert float(late) < 0.5
+
+
+class TestAHandlerThatCalls:
+    """A signal handler runs in the midst of a call: what only reads works there, what the call has in use is refused."""
+
+    START = """
+        model, layer = model_of(d=256, layers=3), tr.nn.Encoder(256, 4, 1024, n_layers=4, seed=0)
+        model.load_state_dict(model.state_dict() | {"head.bias": np.where(np.arange(40) == 2, -1e9, 0)})
+        state, trainer = layer.state_dict(), tr.Trainer(model, seed=0)
+        ids, x = np.random.default_rng(0).integers(3, 40, (200, 100)), np.ones((200, 200, 256), np.float32)
+        class Stop(Exception): pass
+        def meanwhile(call, inner):
+            # The answer, or the error, of what a handler does in the midst of the call.
+            said = []
+            def handler(*_):
+                try: said.append(inner())
+                except tr.ConfigError as error: said.append(str(error))
+                raise Stop
+            signal.signal(signal.SIGALRM, handler)
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            try: call(); sys.exit("too quick to tell")
+            except Stop: return said[0]
+    """
+
+    @pytest.mark.parametrize(
+        ("call", "inner", "what"),
+        [
+            ("trainer.step(ids, ids)", "trainer.step(ids[:1], ids[:1])", "the trainer"),
+            ("trainer.step(ids, ids)", "model.load_state_dict(model.state_dict())", "the model's training"),
+            ("model.generate(ids, max_len=4000)", "model.load_state_dict(model.state_dict())", "the weights"),
+            ("layer(x)", "layer.load_state_dict(state)", "the weights"),
+        ],
+    )
+    def test_what_is_in_use_is_refused(self, call, inner, what):
+        said = python(f"""{self.START}
+        print(meanwhile(lambda: {call}, lambda: {inner}))
+        assert trainer.step(ids[:1], ids[:1]).step == 1
+        {inner}
+        """)
+        assert (
+            f"{what}: in use, maybe by the call at work on it that this signal handler or hook was called from" in said
+        )
+
+    @pytest.mark.parametrize(
+        ("call", "inner"),
+        [
+            ("model.generate(ids[:4], max_len=10**4)", "model.generate(ids[:1, :4], max_len=3)"),
+            ("model.generate(ids, max_len=4000)", "model.score(ids[:2], ids[:2])"),
+            ("model.score(ids, ids)", "model.generate(ids[:1, :4], max_len=3)"),
+            ("trainer.step(ids, ids)", "model.generate(ids[:1, :4], max_len=3)"),
+            ("layer(x)", "layer(x[:1])"),
+        ],
+    )
+    def test_what_reads_works(self, call, inner):
+        assert python(f"""{self.START}
+        expected = {inner}
+        for _ in range(2):
+            for one, other in zip(meanwhile(lambda: {call}, lambda: {inner}), expected, strict=True):
+                assert np.array_equal(one, other)
+        print("same")
+        """) == "same"  # fmt: skip
+
+
+def test_a_decoding_that_was_stopped_makes_no_step():
+    model = model_of()
+    decoder = model._core.decoder(settings("test", model.config, {"min_len": 9}, None), None)
+    decoder.push(np.array([3, 4]), np.array([2]), [0])
+    assert decoder.step(False)[0] is not None
+    decoder.stop()
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            decoder.step(False)
+    assert decoder.sources() == 1
+
+
+def test_a_processor_reads_its_model_while_a_step_waits():
+    said = python("""
+        model = model_of()
+        trainer, steps = tr.Trainer(model, seed=0), []
+        step = threading.Thread(target=lambda: steps.append(trainer.step([[3, 4]], [[5]]).step))
+        def processor(ids, logits):
+            if step.ident is None:
+                step.start()
+                time.sleep(0.5)  # now it waits for the decoding, which reads the weights
+            assert len(model.score([[3, 4]], [[5]])) == 1
+            return logits
+        assert len(model.generate([[3, 4]], max_len=3, min_len=3, logits_processor=processor)[0]) == 3
+        step.join()
+        print(steps)
+    """)
+    assert said == "[1]"
+
+
+@pytest.mark.parametrize("call", ["layer.load_state_dict({k: 0 * v for k, v in state.items()})", "pullback(y)"])
+def test_ctrl_c_while_a_layer_is_in_use(call):
+    """Who waits to write its weights, or its statistics, can be interrupted, and then has not written."""
+    said = python(f"""
+        layer, x = tr.nn.Encoder(256, 4, 1024, n_layers=6, norm="batch", seed=0), np.ones((200, 200, 256), np.float32)
+        state = layer.state_dict()
+        y, pullback = tr.vjp(layer, x[:1, :3], training=True, seed=0)
+        other = threading.Thread(target=layer, args=(x,))
+        other.start()
+        time.sleep(0.2)
+        press(0.2)
+        try:
+            {call}
+            sys.exit("nothing to wait for")
+        except KeyboardInterrupt:
+            pass
+        other.join()
+        print(all(np.array_equal(v, state[k]) for k, v in layer.state_dict().items()))
+        layer.load_state_dict(state)
+    """)
+    assert said == "True"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
@@ -389,6 +504,24 @@ class TestCallsThatAreOneBatch:
             print(late)
         """)
         assert float(late) < 0.5
+
+    def test_what_an_interrupted_call_asked_for_is_not_decoded(self):
+        """It waits for the others' first, long step when Ctrl-C comes."""
+        rows = python("""
+            model, said = model_of(d=256, layers=4, dropout=0.0), []
+            model.load_state_dict(model.state_dict() | {"head.bias": np.where(np.arange(40) == 2, -1e9, 0)})
+            ids = np.random.default_rng(0).integers(3, 40, (40, 1000))
+            other = threading.Thread(target=lambda: said.append(model.generate(ids, max_len=2)))
+            with tr.profile() as measured:
+                other.start()
+                time.sleep(0.2)
+                press(0.2)
+                try: model.generate([[3, 4]], max_len=2); sys.exit("it was answered")
+                except KeyboardInterrupt: assert not said, "too quick to tell"
+                other.join()
+            print(sum(row["rows"] for row in measured.rows if row["part"] == "search"))
+        """)
+        assert float(rows) == 2 * 40
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
     def test_a_child_does_not_wait_for_its_parents_threads(self):
