@@ -329,6 +329,47 @@ def test_fork_after_use():
     )
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_fork_while_others_are_at_work():
+    """What the child lacks a thread for is an error there; what only others read it reads as well."""
+    assert (
+        python("""
+        model = model_of(dropout=0.0)
+        trainer = tr.Trainer(model, seed=0)
+        expected = model.generate([[3, 4]], max_len=3)[0]
+        reads, ends = threading.Event(), threading.Event()
+        def hook(ids, logits):
+            reads.set()
+            ends.wait()
+            return logits
+        def start(work, *arguments, **options):
+            thread = threading.Thread(target=work, args=arguments, kwargs=options, daemon=True)
+            thread.start()
+            return thread
+        start(model.generate, [[3]], max_len=1, logits_processor=hook)
+        reads.wait()
+        step = start(trainer.step, [[3, 4]], [[5]])  # has the trainer, and waits until nobody reads
+        while not (other := start(model.score, [[3]], [[4]])).join(0.5) and not other.is_alive():
+            pass  # who wants to read waits once somebody wants to write
+        child = os.fork()
+        if child == 0:
+            same = np.array_equal(model.generate([[3, 4]], max_len=3)[0], expected)
+            refused = 0
+            for call in (lambda: trainer.step([[3]], [[4]]), lambda: model.load_state_dict(model.state_dict())):
+                try:
+                    call()
+                except tr.ConfigError as error:
+                    refused += "forked" in str(error)
+            os._exit(0 if same and refused == 2 else 1)
+        code = os.waitpid(child, 0)[1]
+        ends.set()
+        step.join()
+        print(code, trainer.n_steps)
+    """)
+        == "0 1"
+    )
+
+
 def together(n, work):
     """Run work(i) on n threads; what one of them raises comes out."""
     errors, results = [], [None] * n

@@ -4,11 +4,11 @@ use crate::arrays::{token_ids, with_slice};
 use crate::batching::Batches;
 use crate::errors::ShapeError;
 use crate::pools::Home;
-use crate::shared::{Shared, patiently};
+use crate::shared::{Shared, Turn, Turns};
 use numpy::{PyArray1, PyArrayMethods};
 use pyo3::prelude::*;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use transformer_core::checkpoint::Checkpoint;
 use transformer_core::error::{Error, Result};
 use transformer_core::models::{self, TransformerConfig};
@@ -23,7 +23,7 @@ pub struct Model {
     pub layers: models::Transformer,
     params: Shared<Params<f32>>,
     /// Held by a training step from its forward pass to its update, so that the steps of two trainers do not mix.
-    training: Mutex<()>,
+    training: Turns<()>,
     home: Home<f32>,
     /// Calls that decode in the same way meet here.
     pub batches: Batches,
@@ -32,8 +32,8 @@ pub struct Model {
 impl Model {
     /// A model of these weights.
     pub fn new(layers: models::Transformer, params: Params<f32>) -> Arc<Self> {
-        let (training, batches) = Default::default();
-        Arc::new(Model { layers, params: Shared::new(params), training, home: Home::of_layer(), batches })
+        let (params, training) = (Shared::new(params), Turns::new(()));
+        Arc::new(Model { layers, params, training, home: Home::of_layer(), batches: Batches::default() })
     }
 
     /// Weights of zero, for values that come from elsewhere.
@@ -54,8 +54,8 @@ impl Model {
     }
 
     /// Keeps others from writing while the guard lives.
-    pub fn alone(&self) -> Result<MutexGuard<'_, ()>> {
-        patiently("the model's training", || self.training.try_lock())
+    pub fn alone(&self) -> Result<Turn<'_, ()>> {
+        self.training.take("the model's training")
     }
 
     /// Reads the weights, with a pool of buffers.

@@ -5,11 +5,10 @@ use crate::call::{Gradients, LayerGrads, Weights};
 use crate::door;
 use crate::errors::raise;
 use crate::layer::Layer;
-use crate::shared::patiently;
+use crate::shared::Turns;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use serde::de::DeserializeOwned;
-use std::sync::Mutex;
 use transformer_core::checkpoint::NamedArray;
 use transformer_core::error::Error;
 use transformer_core::tape::{Grads, Pool};
@@ -21,14 +20,14 @@ use transformer_core::train::{self, Optimizer, Schedule, check_norm, clip_scale,
 pub struct OptimizerState {
     optimizer: Optimizer,
     no_decay: Vec<String>,
-    state: Mutex<Option<(train::OptimizerState, Grads<f32>)>>,
+    state: Turns<Option<(train::OptimizerState, Grads<f32>)>>,
 }
 
 #[pymethods]
 impl OptimizerState {
     #[new]
     fn new(settings: &str, no_decay: Vec<String>) -> PyResult<Self> {
-        Ok(OptimizerState { optimizer: optimizer(settings)?, no_decay, state: Mutex::new(None) })
+        Ok(OptimizerState { optimizer: optimizer(settings)?, no_decay, state: Turns::new(None) })
     }
 
     /// One step on the weights of a layer.
@@ -38,7 +37,7 @@ impl OptimizerState {
             Given::Arrays(arrays) => (None, read_named::<f32>(arrays)?),
         };
         let update = |weights: &mut Weights<f32>| {
-            let mut state = patiently("the optimiser's state", || self.state.try_lock())?;
+            let mut state = self.state.take("the optimiser's state")?;
             let params = &mut weights.params;
             let (state, own) = match &mut *state {
                 Some(known) => known,

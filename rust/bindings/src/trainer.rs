@@ -4,14 +4,14 @@ use crate::arrays::{named_arrays, read_named, with_slice};
 use crate::door;
 use crate::errors::{ShapeError, raise};
 use crate::model::{Model, Sequences};
-use crate::shared::patiently;
+use crate::shared::{Turn, Turns};
 use crate::transformer::Transformer;
 use numpy::{PyArray1, PyArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use serde_json::{Value, json};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use transformer_core::checkpoint::NamedArray;
 use transformer_core::error::{Error, Result};
 use transformer_core::models::Batch;
@@ -36,7 +36,7 @@ struct State {
 #[pyclass(frozen, module = "transformer_rs._core")]
 pub struct Trainer {
     model: Arc<Model>,
-    state: Mutex<State>,
+    state: Turns<State>,
 }
 
 /// Weights, optimiser and place of a trainer at one moment.
@@ -192,12 +192,12 @@ impl Trainer {
 
 impl Trainer {
     fn of(model: Arc<Model>, trainer: train::Trainer, place: Place) -> Self {
-        Trainer { model, state: Mutex::new(State { trainer, place, last: None }) }
+        Trainer { model, state: Turns::new(State { trainer, place, last: None }) }
     }
 
     /// Works on the state, alone and without the interpreter.
     fn run<R: Send>(&self, py: Python<'_>, work: impl FnOnce(&mut State) -> Result<R> + Send) -> PyResult<R> {
-        door::run(py, || work(&mut *patiently("the trainer", || self.state.try_lock())?))
+        door::run(py, || work(&mut *self.state.take("the trainer")?))
     }
 
     /// Gradients, whether they can be applied, and the right to do so before anybody else writes.
@@ -205,7 +205,7 @@ impl Trainer {
         &'a self,
         state: &mut State,
         batches: &[Batch],
-    ) -> Result<(MutexGuard<'a, ()>, Gradients, StepResult)> {
+    ) -> Result<(Turn<'a, ()>, Gradients, StepResult)> {
         let alone = self.model.alone()?;
         if let Some(last) = state.last.take() {
             state.trainer.discard(last);
