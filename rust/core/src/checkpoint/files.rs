@@ -1,11 +1,13 @@
 //! Files that are whole or not there, whatever happens while they are written.
 
 use crate::error::{Error, Result};
+use crate::threads::parallel;
 use std::fs::{self, File, TryLockError};
 use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
-use std::process;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use std::{process, thread};
 
 pub(crate) fn storage(path: &Path, error: &std::io::Error) -> Error {
     Error::Storage(format!("{}: {error}", path.display()))
@@ -79,9 +81,41 @@ pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Makes the folder, and removes what a killed process left of files whose names start so.
-pub(crate) fn prepare(folder: &Path, names: &[&str]) -> Result<()> {
+/// A folder into which nobody else on this machine saves while this lives.
+#[derive(Debug)]
+pub(crate) struct Alone(File);
+
+impl Alone {
+    /// Waits until the others are done; the `poll` of a section ends that. `None` where folders cannot be locked.
+    ///
+    /// The folder itself is locked: nothing is left in it, and a process that ends, however it ends, unlocks.
+    fn wait(folder: &Path) -> Result<Option<Self>> {
+        let Ok(file) = File::open(folder) else { return Ok(None) };
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(Some(Alone(file))),
+                Err(TryLockError::Error(_)) => return Ok(None),
+                Err(TryLockError::WouldBlock) => {
+                    parallel(1, |_| ())?; // asks whether to stop
+                    thread::sleep(Duration::from_millis(1));
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        // Closing is not enough: a process that was forked meanwhile has the file open as well.
+        let _ = self.0.unlock();
+    }
+}
+
+/// Makes the folder, waits until nobody else saves into it, and removes what a killed process left of files whose names
+/// start so.
+pub(crate) fn prepare(folder: &Path, names: &[&str]) -> Result<Option<Alone>> {
     fs::create_dir_all(folder).map_err(|error| storage(folder, &error))?;
+    let alone = Alone::wait(folder)?;
     for entry in fs::read_dir(folder).map_err(|error| storage(folder, &error))?.flatten() {
         if entry.file_name().to_str().is_some_and(|file| names.iter().any(|name| is_temporary(file, name))) {
             let file = File::options().write(true).open(entry.path());
@@ -93,7 +127,7 @@ pub(crate) fn prepare(folder: &Path, names: &[&str]) -> Result<()> {
             }
         }
     }
-    Ok(())
+    Ok(alone)
 }
 
 /// Whether a file is a temporary one of a name that starts so.
@@ -108,6 +142,7 @@ fn is_temporary(file: &str, name: &str) -> bool {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::threads::section;
 
     /// A folder of its own for each test, removed in the end.
     pub(crate) struct Folder(pub PathBuf);
@@ -169,6 +204,24 @@ pub(crate) mod tests {
         staged.commit().unwrap();
         assert_eq!(fs::read(folder.0.join("a")).unwrap(), b"new");
         assert_eq!(folder.names().len(), others.len() + 1);
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn who_waits_for_a_folder_can_be_stopped_and_goes_on_when_it_is_free() {
+        let folder = Folder::new();
+        let here = prepare(&folder.0, &[]).unwrap().unwrap();
+        let _forked = here.0.try_clone().unwrap(); // what a process forked now would have
+        let stopped = section(Some(&|| true), || prepare(&folder.0, &[]).map(|_| ()));
+        assert_eq!(stopped, Err(Error::Interrupted));
+        thread::scope(|scope| {
+            let other = scope.spawn(|| prepare(&folder.0, &[]).map(|_| ()));
+            thread::sleep(Duration::from_millis(20));
+            assert!(!other.is_finished());
+            drop(here);
+            assert_eq!(other.join().unwrap(), Ok(()));
+        });
+        assert!(folder.names().is_empty());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! The config stands in the metadata of the safetensors file as well and wins there: one rename decides what the folder
 //! holds, whenever a process is killed. A trainer's state has a file of its own, put in place before the model's; the
-//! model's metadata names it, so the same rename decides for both.
+//! model's metadata names it, so the same rename decides for both. Saves into one folder wait for each other.
 
 mod container;
 mod files;
@@ -66,8 +66,8 @@ pub(crate) fn save(
     let config = Value::Object(config);
     let mut metadata = BTreeMap::from([("format", "pt".to_string()), ("config", config.to_string())]);
 
+    let _alone = prepare(folder, &[MODEL, CONFIG, TRAINER])?;
     // All that can fail for want of space comes first, in temporary files.
-    prepare(folder, &[MODEL, CONFIG, TRAINER])?;
     let state = match &trainer {
         None => None,
         Some(state) => {

@@ -420,6 +420,32 @@ fn a_folder_holds_one_state_and_it_belongs_to_the_model() {
 }
 
 #[test]
+fn two_that_save_into_one_folder_do_not_mix() {
+    let folder = crate::checkpoint::tests::Folder::new();
+    let made = [1, 2].map(|seed| {
+        let (model, mut params) = toy(0.3);
+        let mut trainer = Trainer::new(TrainerConfig { seed, ..config() }, &mut params).unwrap();
+        train(&mut trainer, &model, &mut params, 0..1);
+        (trainer, params)
+    });
+    for _ in 0..50 {
+        let start = std::sync::Barrier::new(2);
+        std::thread::scope(|scope| {
+            for (trainer, params) in &made {
+                scope.spawn(|| {
+                    start.wait();
+                    trainer.save(&folder.0, "{}", "toy", params, serde_json::Value::Null).unwrap();
+                });
+            }
+        });
+        let (loaded, params, _) = load(&folder.0).unwrap();
+        let (_, expected) = made.iter().find(|(trainer, _)| trainer.config() == loaded.config()).unwrap();
+        assert_eq!(bits(&params), bits(expected));
+        assert_eq!(folder.names().len(), 3);
+    }
+}
+
+#[test]
 fn damage_to_a_state_is_an_error() {
     let folder = crate::checkpoint::tests::Folder::new();
     let (model, mut params) = toy(0.0);
