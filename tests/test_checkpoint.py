@@ -103,6 +103,17 @@ def test_a_trainer_comes_back_whole(tmp_path):
     assert "trainer" not in tr.Transformer.load(tmp_path).config.to_json()
 
 
+def test_a_tied_int8_matrix_may_come_under_each_of_its_names():
+    model = model_of(tie_embeddings="target").quantize("int8")
+    arrays = model.state_dict()
+    again = model_of(seed=1, tie_embeddings="target").quantize("int8")
+    again.load_state_dict({**arrays, "head.weight": arrays["tgt_embedding.weight"]})
+    assert_same(again, model)
+    with pytest.raises(tr.CheckpointError, match=r"`tgt_embedding\.weight` and `head\.weight` are one matrix"):
+        again.load_state_dict({**arrays, "head.weight": -arrays["tgt_embedding.weight"]})
+    assert_same(again, model)
+
+
 def test_a_model_alone_is_no_trainer(tmp_path):
     model_of().save(tmp_path)
     with pytest.raises(tr.CheckpointError, match="no trainer saved this model"):

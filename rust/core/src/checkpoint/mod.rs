@@ -207,18 +207,23 @@ impl Checkpoint {
             },
         });
         for (place, first, others) in match_places(&what, params, offers, aliases)? {
-            let (name, info) = &self.container.tensors[first];
-            if info.dtype == Dtype::I8 {
-                let name = name.clone();
+            let name = self.container.tensors[first].0.clone();
+            let differs = |other: usize, container: &Container| unequal(&what, &name, &container.tensors[other].0);
+            if self.container.tensors[first].1.dtype == Dtype::I8 {
                 let values = self.container.read_int8(first)?;
                 check_int8(&what, &name, &values)?;
+                for other in others {
+                    if values != self.container.read_int8(other)? {
+                        return Err(differs(other, &self.container));
+                    }
+                }
                 set_int8(params, place, &values)?;
                 continue;
             }
             let values = self.container.read(first)?;
             for other in others {
                 if !equal(&values, &self.container.read(other)?) {
-                    return Err(unequal(&what, &self.container.tensors[first].0, &self.container.tensors[other].0));
+                    return Err(differs(other, &self.container));
                 }
             }
             set(params, place, &values)?;

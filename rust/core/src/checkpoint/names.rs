@@ -98,20 +98,28 @@ pub fn load_state_int8(
         Offer { name, shape, problem }
     });
     let plan = match_places(ARRAYS, params, floats.chain(bytes), aliases)?;
+    // The int8 are offered behind the floats.
+    let of_int8 = |i: usize| i.checked_sub(arrays.len()).map(|i| &int8[i]);
+    let name = |i: usize| of_int8(i).map_or_else(|| arrays[i].0, |(name, ..)| *name);
+    let same = |one: usize, other: usize| match (of_int8(one), of_int8(other)) {
+        (Some(one), Some(other)) => one.2 == other.2,
+        (None, None) => equal(arrays[one].2, arrays[other].2),
+        _ => false,
+    };
     for (place, first, others) in &plan {
         if let Place::Param(id) = place
             && params.bf16(*id).is_some()
         {
             check_bf16(arrays[*first].0, arrays[*first].2)?;
         }
-        if let Some(&other) = others.iter().find(|&&other| !equal(arrays[*first].2, arrays[other].2)) {
-            return Err(unequal(ARRAYS, arrays[*first].0, arrays[other].0));
+        if let Some(&other) = others.iter().find(|&&other| !same(*first, other)) {
+            return Err(unequal(ARRAYS, name(*first), name(other)));
         }
     }
     for (place, first, _) in plan {
-        match first.checked_sub(arrays.len()) {
+        match of_int8(first) {
             None => set(params, place, arrays[first].2)?,
-            Some(first) => set_int8(params, place, int8[first].2)?,
+            Some((.., values)) => set_int8(params, place, values)?,
         }
     }
     Ok(())

@@ -187,6 +187,45 @@ fn a_tied_matrix_in_bf16_may_stand_under_any_of_its_names() {
 }
 
 #[test]
+fn a_tied_matrix_in_int8_may_stand_under_both_names_with_equal_bytes() {
+    let (f32, layout) = two_matrices(Stored::Int8);
+    let model = f32.convert(layout.clone()).unwrap();
+    let aliases = [("head.weight", "up.weight")];
+    let (floats, mut int8) = (state_dict(&model), int8_dict(&model));
+    let up = int8.iter().find(|(name, ..)| *name == "up.weight").unwrap().clone();
+    int8.push(("head.weight", up.1, up.2));
+    let folder = Folder::new();
+    let config = r#"{"format_version": 1, "model_type": "transformer", "quantization": "int8"}"#;
+    let load = |int8: &[(&str, &[usize], Vec<i8>)]| {
+        let given: Vec<NamedBytes> = int8.iter().map(|(name, shape, values)| (*name, *shape, &values[..])).collect();
+        let mut to = Params::zeros(layout.clone())?;
+        load_state_int8(&mut to, &floats, &given, &aliases)?;
+        Ok::<_, Error>(to)
+    };
+    let open = |int8: &[(&str, &[usize], Vec<i8>)]| {
+        let bytes = |x: &[f32]| x.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let mut all: Vec<_> = floats.iter().map(|&(name, shape, x)| (name, Dtype::F32, shape, bytes(x))).collect();
+        let raw = |x: &[i8]| x.iter().map(|x| x.cast_unsigned()).collect();
+        all.extend(int8.iter().map(|(name, shape, x)| (*name, Dtype::I8, *shape, raw(x))));
+        write_foreign(&folder.0, &all, Some(config));
+        let mut to = Params::zeros(layout.clone())?;
+        Checkpoint::open(&folder.0)?.load_into(&mut to, &aliases)?;
+        Ok::<_, Error>(to)
+    };
+    for to in [load(&int8).unwrap(), open(&int8).unwrap()] {
+        assert_eq!((bits(&to), int8_dict(&to)), (bits(&model), int8_dict(&model)));
+    }
+    let last = &mut int8.last_mut().unwrap().2[34];
+    *last = i8::from(*last == 0);
+    for error in [load(&int8).unwrap_err(), open(&int8).unwrap_err()] {
+        assert!(
+            matches!(&error, Error::Checkpoint(text) if text.contains("`up.weight` and `head.weight`")),
+            "{error}"
+        );
+    }
+}
+
+#[test]
 fn the_file_is_what_the_safetensors_crate_reads_and_the_same_each_time() {
     let folder = Folder::new();
     let model = params(1);
