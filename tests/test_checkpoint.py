@@ -243,15 +243,11 @@ class TestRefusingFolders:
         old = trainer.model.state_dict()
         trainer.step(SRC, TGT)
         shutil.move(tmp_path / "config.json", tmp_path / "old.json")
-        (tmp_path / "config.json").mkdir()  # the last rename fails
-        (tmp_path / "config.json" / "x").write_text("")
-        with pytest.raises(tr.StorageError):
+        (tmp_path / "config.json").mkdir()
+        with pytest.raises(tr.StorageError, match=r"config\.json: a folder stands where a file goes; move it away"):
             trainer.save(tmp_path)
         loaded = tr.Transformer.load(tmp_path).state_dict()
-        new = trainer.model.state_dict()
-        assert all(np.array_equal(loaded[k], old[k]) for k in old) or all(
-            np.array_equal(loaded[k], new[k]) for k in new
-        )
+        assert all(np.array_equal(loaded[k], old[k]) for k in old)
         assert not [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
 
 

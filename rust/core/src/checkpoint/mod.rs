@@ -43,7 +43,8 @@ pub(crate) struct TrainerState<'a> {
 }
 
 /// Writes a model into a folder, which is made if need be: `config_json`, an object, with `format_version`, `model_type`
-/// and, where matrices are not in f32, `quantization` or `dtype` added, and every parameter and statistic. Other files stay as they are; after an error all do.
+/// and, where matrices are not in f32, `quantization` or `dtype` added, and every parameter and statistic. Other files stay as they are. After an error before the model's
+/// rename the old model is in place, after a later one the new.
 pub fn save_model(folder: &Path, config_json: &str, model_type: &str, params: &Params<f32>) -> Result<()> {
     save(folder, config_json, model_type, params, None)
 }
@@ -67,6 +68,9 @@ pub(crate) fn save(
     let mut metadata = BTreeMap::from([("format", "pt".to_string()), ("config", config.to_string())]);
 
     let _alone = prepare(folder, &[MODEL, CONFIG, TRAINER])?;
+    for target in [MODEL, CONFIG].map(|name| folder.join(name)) {
+        ensure!(!target.is_dir(), Storage, "{}: a folder stands where a file goes; move it away", target.display());
+    }
     // All that can fail for want of space comes first, in temporary files.
     let state = match &trainer {
         None => None,

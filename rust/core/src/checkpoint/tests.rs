@@ -422,16 +422,19 @@ fn hostile_headers_are_refused_before_anything_is_allocated() {
 fn a_folder_that_cannot_be_written_is_a_storage_error_and_the_old_model_stays() {
     let folder = Folder::new();
     save_model(&folder.0, JSON, "transformer", &params(1)).unwrap();
-    // A folder stands where the new config would go: the last rename before the end fails.
     let old = fs::read(folder.0.join(MODEL)).unwrap();
-    fs::remove_file(folder.0.join(CONFIG)).unwrap();
-    fs::remove_file(folder.0.join(MODEL)).unwrap();
-    fs::create_dir(folder.0.join(MODEL)).unwrap();
-    fs::write(folder.0.join(MODEL).join("x"), "").unwrap();
-    assert!(matches!(save_model(&folder.0, JSON, "transformer", &params(2)), Err(Error::Storage(_))));
-    assert_eq!(folder.names(), [MODEL], "nothing temporary is left");
-    fs::remove_dir_all(folder.0.join(MODEL)).unwrap();
-    fs::write(folder.0.join(MODEL), old).unwrap();
+    // A folder stands where the new model, or its config, would go.
+    for name in [MODEL, CONFIG] {
+        let (path, aside) = (folder.0.join(name), folder.0.join("aside"));
+        fs::rename(&path, &aside).unwrap();
+        fs::create_dir(&path).unwrap();
+        let error = save_model(&folder.0, JSON, "transformer", &params(2)).unwrap_err();
+        assert!(matches!(&error, Error::Storage(text) if text.contains(name)), "{error}");
+        assert_eq!(folder.names().len(), 3, "nothing temporary is left");
+        fs::remove_dir(&path).unwrap();
+        fs::rename(&aside, &path).unwrap();
+        assert_eq!(fs::read(folder.0.join(MODEL)).unwrap(), old);
+    }
     assert_eq!(bits(&load(&folder.0).unwrap()), bits(&params(1)));
 
     assert!(
