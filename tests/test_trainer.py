@@ -235,6 +235,21 @@ def test_apply_takes_the_trained_parameters_and_nothing_else():
     assert_same(state(other), state(trainer))
 
 
+def test_what_is_refused_leaves_the_statistics_to_the_next_apply():
+    one, other = trainer_of(model_of(norm="batch")), trainer_of(model_of(norm="batch"))
+    _, grads = one.gradients(SRC, TGT)
+    one.apply(grads)
+    other.gradients(SRC, TGT)
+    with pytest.raises(tr.NonFiniteError, match="nothing was changed"):
+        other.apply({**grads, "head.weight": grads["head.weight"] * np.nan})
+    with pytest.raises(tr.ShapeError, match="is missing"):
+        other.apply({})
+    with pytest.raises(tr.TokenOutOfRangeError):
+        other.gradients([[99]], [[3]])
+    other.apply(grads)
+    assert_same(state(one), state(other))
+
+
 def test_not_finite_numbers_stop_a_step_and_change_nothing():
     trainer = trainer_of()
     trainer.step(SRC, TGT)

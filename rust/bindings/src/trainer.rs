@@ -15,7 +15,7 @@ use std::sync::Arc;
 use transformer_core::checkpoint::NamedArray;
 use transformer_core::error::{Error, Result};
 use transformer_core::models::Batch;
-use transformer_core::train::{self, Compute, Gradients, StepResult, TrainerConfig};
+use transformer_core::train::{self, Compute, Gradients, Statistics, StepResult, TrainerConfig};
 
 /// `(epoch, steps within it)`: where the data stand.
 type Place = (u64, u64);
@@ -28,8 +28,8 @@ type Packed<'py> =
 struct State {
     trainer: train::Trainer,
     place: Place,
-    /// What `gradients` made last: `apply` takes its memory and its running statistics.
-    last: Option<Gradients>,
+    /// What `gradients` noted last, for `apply`.
+    noted: Option<Statistics>,
 }
 
 /// Trains a Transformer.
@@ -136,7 +136,7 @@ impl Trainer {
                 gradients.of(id).map(|values| (entry.name.clone(), entry.shape.clone(), values))
             };
             let arrays: Vec<_> = layout.ids().filter_map(copy).collect();
-            state.last = Some(gradients);
+            state.noted = Some(state.trainer.discard(gradients));
             Ok((step(&result), arrays))
         })?;
         Ok((result, named_arrays(py, arrays)?))
@@ -147,16 +147,15 @@ impl Trainer {
         let given = read_named::<f32>(arrays)?;
         self.run(py, |state| {
             let _alone = self.model.alone()?;
-            let last = state.last.take();
             self.model.write(|params| {
                 state.trainer.claim(params)?;
-                let mut gradients = state.trainer.blank(params, last)?;
+                let mut gradients = state.trainer.blank(params, state.noted.as_ref())?;
                 let arrays: Vec<NamedArray<'_>> =
                     given.iter().map(|(name, shape, values)| (name.as_str(), &shape[..], &values[..])).collect();
                 match state.trainer.set(&mut gradients, params, &arrays) {
                     Ok(()) => state.trainer.apply(params, gradients).map(|_| ()),
                     Err(error) => {
-                        state.last = Some(gradients);
+                        state.trainer.discard(gradients);
                         Err(error)
                     }
                 }
@@ -184,7 +183,7 @@ impl Trainer {
         self.run(py, |state| {
             let _alone = self.model.alone()?;
             self.model.write(|params| state.trainer.restore(&snapshot.snapshot, params))?;
-            (state.place, state.last) = (snapshot.place, None);
+            (state.place, state.noted) = (snapshot.place, None);
             Ok(())
         })
     }
@@ -192,7 +191,7 @@ impl Trainer {
 
 impl Trainer {
     fn of(model: Arc<Model>, trainer: train::Trainer, place: Place) -> Self {
-        Trainer { model, state: Turns::new(State { trainer, place, last: None }) }
+        Trainer { model, state: Turns::new(State { trainer, place, noted: None }) }
     }
 
     /// Works on the state, alone and without the interpreter.
@@ -207,9 +206,6 @@ impl Trainer {
         batches: &[Batch],
     ) -> Result<(Turn<'a, ()>, Gradients, StepResult)> {
         let alone = self.model.alone()?;
-        if let Some(last) = state.last.take() {
-            state.trainer.discard(last);
-        }
         // Another trainer of this model may have other parameters frozen.
         if !self.model.read(|params| Ok(state.trainer.has_claimed(params)))? {
             self.model.write(|params| state.trainer.claim(params))?;

@@ -159,9 +159,15 @@ pub struct Gradients {
     pub nll_sum: f64,
     /// Target tokens.
     pub n_tokens: usize,
+    statistics: Statistics,
+}
+
+/// New running statistics: the mean of what the batches of a step noted.
+#[derive(Clone, Debug)]
+pub struct Statistics {
+    /// For this step alone.
     step: u64,
-    /// New running statistics: the mean of what the batches noted.
-    statistics: Vec<(StatId, Vec<f32>)>,
+    values: Vec<(StatId, Vec<f32>)>,
 }
 
 impl Gradients {
@@ -330,15 +336,14 @@ impl Trainer {
         })
     }
 
-    /// No gradients yet: they come from elsewhere, see [`Trainer::set`]. What [`Trainer::gradients`] made last for the next
-    /// step lends its memory and its running statistics.
-    pub fn blank(&mut self, params: &Params<f32>, last: Option<Gradients>) -> Result<Gradients> {
-        let mut gradients = match last.filter(|last| last.step == self.step + 1 && self.state.fits(&last.grads)) {
-            Some(last) => last,
-            None => self.empty(params)?,
-        };
-        gradients.grads_mut().reset();
+    /// No gradients yet: they come from elsewhere, see [`Trainer::set`]. The running statistics are those that
+    /// [`Trainer::gradients`] noted last, if for this step.
+    pub fn blank(&mut self, params: &Params<f32>, noted: Option<&Statistics>) -> Result<Gradients> {
+        let mut gradients = self.empty(params)?;
         gradients.given = true;
+        if let Some(noted) = noted.filter(|noted| noted.step == gradients.statistics.step) {
+            gradients.statistics = noted.clone();
+        }
         Ok(gradients)
     }
 
@@ -347,11 +352,12 @@ impl Trainer {
         set_gradients(params, gradients.grads_mut(), &mut self.pool, arrays)
     }
 
-    /// Takes back gradients that nobody needs any more: the next pass uses their memory.
-    pub fn discard(&mut self, gradients: Gradients) {
-        let Gradients { mut grads, .. } = gradients;
+    /// Takes back gradients that nobody needs any more: the next pass uses their memory. What came with them is handed on.
+    pub fn discard(&mut self, gradients: Gradients) -> Statistics {
+        let Gradients { mut grads, statistics, .. } = gradients;
         grads.release(&mut self.pool);
         self.grads = Some(grads);
+        statistics
     }
 
     /// Whether the model's frozen parameters are those of this trainer.
@@ -419,8 +425,8 @@ impl Trainer {
             Some(grads) => grads,
             None => Grads::new(params)?,
         };
-        let (step, statistics) = (self.step + 1, Vec::new());
-        Ok(Gradients { grads, given: false, norm: None, loss_sum: 0.0, nll_sum: 0.0, n_tokens: 0, step, statistics })
+        let statistics = Statistics { step: self.step + 1, values: Vec::new() };
+        Ok(Gradients { grads, given: false, norm: None, loss_sum: 0.0, nll_sum: 0.0, n_tokens: 0, statistics })
     }
 
     fn run<L: Loss>(
@@ -437,7 +443,7 @@ impl Trainer {
             "Trainer: the model's frozen parameters are not those of this trainer; another trainer changed them, \
              make a step or a new trainer"
         );
-        let key = Key::new(self.config.seed).fold(sum.step);
+        let key = Key::new(self.config.seed).fold(sum.statistics.step);
         let mut noted: BTreeMap<StatId, (usize, Vec<f64>)> = BTreeMap::new();
         for (micro, batch) in micro_batches.iter().enumerate() {
             let key = key.fold(micro as u64).fold(self.rank);
@@ -470,7 +476,7 @@ impl Trainer {
         let mean = |(id, (count, sums)): (StatId, (usize, Vec<f64>))| {
             (id, sums.into_iter().map(|sum| (sum / count as f64) as f32).collect())
         };
-        sum.statistics = noted.into_iter().map(mean).collect();
+        sum.statistics.values = noted.into_iter().map(mean).collect();
         Ok(())
     }
 
@@ -488,7 +494,7 @@ impl Trainer {
             bail!(
                 NonFinite,
                 "step {}: the loss is {}{}; nothing was changed",
-                sum.step,
+                sum.statistics.step,
                 losses.loss_sum,
                 parameter.map(|name| format!(", and parameter `{name}` holds NaN or infinity")).unwrap_or_default()
             );
@@ -504,7 +510,7 @@ impl Trainer {
 
     /// What a step with these gradients does; an error where it cannot be done.
     fn result(&self, params: &Params<f32>, gradients: &Gradients) -> Result<StepResult> {
-        let Gradients { grads, norm, loss_sum, nll_sum, n_tokens, step, .. } = gradients;
+        let Gradients { grads, norm, loss_sum, nll_sum, n_tokens, statistics: Statistics { step, .. }, .. } = gradients;
         let count = *n_tokens as f64;
         let grad_norm = norm.map_or_else(|| global_norm(grads, gradients.mean()), Ok)?;
         check_norm(&format!("step {step}"), params, grads, grad_norm)?;
@@ -514,16 +520,16 @@ impl Trainer {
 
     fn commit(&mut self, params: &mut Params<f32>, gradients: &Gradients) -> Result<StepResult> {
         ensure!(
-            gradients.step == self.step + 1,
+            gradients.statistics.step == self.step + 1,
             Config,
             "these gradients were made for step {}, the next one is {}; make them anew",
-            gradients.step,
+            gradients.statistics.step,
             self.step + 1
         );
         let result = self.result(params, gradients)?;
         let scales = [gradients.mean(), clip_scale(result.grad_norm, self.config.clip_norm)];
         self.state.update(&self.config.optimizer, params, &gradients.grads, result.lr, scales)?;
-        for (id, values) in &gradients.statistics {
+        for (id, values) in &gradients.statistics.values {
             params.set_stat(*id, values)?;
         }
         self.step += 1;
