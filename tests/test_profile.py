@@ -60,7 +60,8 @@ def test_the_variable_prints_the_table_when_the_process_ends():
     plain, profiled = python(PROGRAM, None), python(PROGRAM, "1")
     assert plain.returncode == profiled.returncode == 0, profiled.stderr
     assert plain.stdout == profiled.stdout and plain.stderr == ""
-    for word in ("transformer_rs profile:", "measured peak", "linear: dW", "attention (causal)", "AdamW", "memory"):
+    assert profiled.stderr.startswith("transformer_rs profile:")
+    for word in ("measured peak", "linear: dW", "attention (causal)", "AdamW", "memory", "\ntraining step "):
         assert word in profiled.stderr, profiled.stderr
     assert python(PROGRAM, "0").stderr == "" == python("import transformer_rs", "1").stderr
 

@@ -309,7 +309,6 @@ impl Trainer {
         params: &mut Params<f32>,
         micro_batches: &[L::Batch],
     ) -> Result<StepResult> {
-        let _timed = profile::span("training step", [0, 0], Work::default);
         section(None, || {
             self.claim(params)?;
             let gradients = self.accumulate(model, params, micro_batches)?;
@@ -410,6 +409,7 @@ impl Trainer {
         params: &Params<f32>,
         micro_batches: &[L::Batch],
     ) -> Result<Gradients> {
+        let _timed = profile::span("training step", [0, 0], Work::default);
         let mut gradients = self.empty(params)?;
         match self.run(model, params, micro_batches, &mut gradients) {
             Ok(()) => Ok(gradients),
