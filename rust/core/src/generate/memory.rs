@@ -5,6 +5,7 @@ use crate::ensure;
 use crate::error::Result;
 use crate::models::TransformerConfig;
 use crate::ops::Page;
+use std::path::Path;
 
 /// Hypotheses that are decoded side by side: more would be no faster, and their logits fill the memory.
 const ROWS: usize = 256;
@@ -26,7 +27,7 @@ impl Room {
         let token = |config: &TransformerConfig| {
             2 * config.n_decoder_layers as u128 * config.d_model as u128 * size_of::<f32>() as u128
         };
-        Room { token: models.map(token).sum(), width: options.width(), free: available().unwrap_or(u128::MAX) }
+        Room { token: models.map(token).sum(), width: options.width(), free: available(Path::new("/")).unwrap_or(u128::MAX) }
     }
 
     /// What sources take when each of their hypotheses reaches `max_len` and shares nothing, all in whole pages.
@@ -81,19 +82,24 @@ fn text(bytes: u128) -> String {
     if gib >= 1.0 { format!("{gib:.1} GiB") } else { format!("{:.1} MiB", gib * 1024.0) }
 }
 
-/// Bytes that this process may still take: what the system has left, and no more than its group may have.
-fn available() -> Option<u128> {
-    let free = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let kib = free.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?.trim().trim_end_matches("kB").trim();
-    let free = kib.parse::<u128>().ok()?.saturating_mul(1024);
-    let group = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok();
-    let group = group.and_then(|text| text.trim().parse::<u128>().ok());
-    Some(group.map_or(free, |most| most.min(free)))
+/// Bytes that this process may still take: what the system has left, and no more than its group has left. `root` is `/`.
+fn available(root: &Path) -> Option<u128> {
+    let read = |file: &str| std::fs::read_to_string(root.join(file)).ok();
+    let number = |text: &str| text.trim().trim_end_matches("kB").trim().parse::<u128>().ok();
+    let line = |text: &str, name: &str| text.lines().find_map(|line| number(line.strip_prefix(name)?));
+    let free = line(&read("proc/meminfo")?, "MemAvailable:")?.saturating_mul(1024);
+    let group = |file: &str| read(&format!("sys/fs/cgroup/memory.{file}"));
+    let Some(most) = group("max").and_then(|text| number(&text)) else { return Some(free) };
+    let used = group("current").and_then(|text| number(&text)).unwrap_or(0);
+    // What was read from files and not of late is given up for the asking.
+    let cached = group("stat").and_then(|text| line(&text, "inactive_file ")).unwrap_or(0);
+    Some(free.min(most.saturating_sub(used.saturating_sub(cached))))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::tests::Folder;
     use crate::rng::Key;
 
     fn plan(max_len: usize) -> Plan {
@@ -118,6 +124,29 @@ mod tests {
         assert_eq!((room.admits([].iter(), plans.iter()), room.admits(plans.iter(), plans.iter())), (3, 3));
         let many = vec![plan(16); ROWS];
         assert_eq!((room.admits([].iter(), many.iter()), room.admits(many[..49].iter(), many.iter())), (64, 0));
-        assert!(available().is_none_or(|bytes| bytes > 1 << 20));
+        assert!(available(Path::new("/")).is_none_or(|bytes| bytes > 1 << 20));
+    }
+
+    #[test]
+    fn what_the_group_uses_already_is_not_free() {
+        let folder = Folder::new();
+        let free = |files: &[(&str, &str)]| {
+            for (file, text) in files {
+                let path = folder.0.join(file);
+                std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+                std::fs::write(path, text).unwrap();
+            }
+            available(&folder.0)
+        };
+        assert_eq!(free(&[]), None);
+        let system = "MemTotal:       9000 kB\nMemAvailable:   8000 kB\nBuffers: 7 kB\n";
+        assert_eq!(free(&[("proc/meminfo", system)]), Some(8_192_000));
+        assert_eq!(free(&[("sys/fs/cgroup/memory.max", "max\n")]), Some(8_192_000));
+        assert_eq!(free(&[("sys/fs/cgroup/memory.max", "5000000\n")]), Some(5_000_000));
+        assert_eq!(free(&[("sys/fs/cgroup/memory.current", "3000000\n")]), Some(2_000_000));
+        let stat = "anon 1\nactive_file 500\ninactive_file 400000\nfile 8\n";
+        assert_eq!(free(&[("sys/fs/cgroup/memory.stat", stat)]), Some(2_400_000));
+        assert_eq!(free(&[("sys/fs/cgroup/memory.current", "6000000\n")]), Some(0));
+        assert_eq!(free(&[("sys/fs/cgroup/memory.max", "50000000\n")]), Some(8_192_000));
     }
 }
