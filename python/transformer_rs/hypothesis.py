@@ -52,7 +52,7 @@ class Hypothesis:
     """The model's own log-probability of each token, before penalties and processors; EOS last if `finished`; natural
     logarithms."""
     finished: bool
-    """Whether the model ended with EOS; otherwise ``max_len`` cut it off."""
+    """Whether the model ended with EOS; otherwise ``max_len`` cut it off, or nothing could follow."""
     alternatives: Alternatives | None
     """The likeliest tokens at each step, if they were asked for."""
     _look: Callable[[], NDArray[np.float32]] = field(repr=False)

@@ -258,9 +258,11 @@ impl Beam {
         let scored = nodes.iter().filter(|_| self.options.scores);
         let token_logprobs: Vec<f32> = scored.map(|node| node.logprob).collect();
         let ids = &nodes[..nodes.len() - usize::from(ended.finished)];
+        // From +0: the sum of nothing is −0.
+        let sum = token_logprobs.iter().fold(0.0, |sum, &p| sum + f64::from(p));
         Hypothesis {
             ids: ids.iter().map(|node| node.id).collect(),
-            score: self.options.score(token_logprobs.iter().map(|&p| f64::from(p)).sum(), token_logprobs.len()),
+            score: self.options.score(sum, token_logprobs.len()),
             token_logprobs,
             finished: ended.finished,
             alternatives: nodes.iter().flat_map(|node| node.alternatives.iter().copied()).collect(),
@@ -386,7 +388,11 @@ mod tests {
 
     #[test]
     fn a_dead_end_is_returned_unfinished() {
-        let mut beam = beam(2, 2, 1.0, 9);
+        let [mut empty, mut beam] = [1, 2].map(|n_best| beam(2, n_best, 1.0, 9));
+        assert!(step(&mut empty, &[&[]]).is_empty());
+        let found = empty.into_best();
+        assert!(found.len() == 1 && found[0].ids.is_empty() && !found[0].finished);
+        assert_eq!(found[0].score.to_bits(), 0); // not −0
         step(&mut beam, &[&[(5, -1.0)]]);
         assert_eq!((beam.alive(), step(&mut beam, &[&[]])), (1, vec![]));
         let found = beam.into_best();

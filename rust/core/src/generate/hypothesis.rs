@@ -12,7 +12,7 @@ pub struct Hypothesis {
     /// The model's log-probability of every id, before anything was changed or forbidden; EOS last if `finished`.
     /// None if not asked for.
     pub token_logprobs: Vec<f32>,
-    /// Whether it ended with EOS; otherwise `max_len` cut it off.
+    /// Whether it ended with EOS; otherwise `max_len` cut it off, or nothing could follow.
     pub finished: bool,
     /// The likeliest tokens at each step with their log-probabilities, as many for each of `token_logprobs` as were asked
     /// for: the model's own, BOS and PAD among them, likeliest first and the lower id first among equals.

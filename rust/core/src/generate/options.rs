@@ -308,7 +308,7 @@ mod tests {
             (vec!["`top_k`", "got 0"], sampling(Sampling { top_k: Some(0), ..draw.clone() })),
             (vec!["`top_p`", "got 2"], sampling(Sampling { top_p: Some(2.0), ..draw.clone() })),
             (vec!["`top_p`", "got 0"], sampling(Sampling { top_p: Some(0.0), ..draw.clone() })),
-            (vec!["`min_p`", "got 1.5"], sampling(Sampling { min_p: Some(1.5), ..draw.clone() })),
+            (vec!["`min_p`", "from 0 to 1, got 1.5"], sampling(Sampling { min_p: Some(1.5), ..draw.clone() })),
             (
                 vec!["seed", "2 sources", "got 3"],
                 sampling(Sampling { seeds: Seeds::Each(vec![1, 2, 3]), ..draw.clone() }),

@@ -66,12 +66,15 @@ impl Sampling {
             "argument `temperature`: expected a number above 0, got {temperature}; leave it out for the likeliest tokens"
         );
         ensure!(*top_k != Some(0), Config, "argument `top_k`: expected at least 1, got 0");
-        for (name, share, least) in [("top_p", top_p, f64::MIN_POSITIVE), ("min_p", min_p, 0.0)] {
+        for (name, share, least, expected) in [
+            ("top_p", top_p, f64::MIN_POSITIVE, "above 0, at most 1"),
+            ("min_p", min_p, 0.0, "from 0 to 1"),
+        ] {
             if let Some(share) = share {
                 ensure!(
                     (least..=1.0).contains(share),
                     Config,
-                    "argument `{name}`: expected a share above 0, at most 1, got {share}"
+                    "argument `{name}`: expected a share {expected}, got {share}"
                 );
             }
         }
@@ -131,8 +134,8 @@ impl Sampling {
     }
 
     fn inverse_temperature(&self) -> f32 {
-        // Never ∞, which would make 0 · ∞ of the likeliest.
-        ((1.0 / self.temperature) as f32).min(f32::MAX)
+        // Never ∞, which would make 0 · ∞ of the likeliest, and never 0, which would make ∞ · 0 of the forbidden.
+        ((1.0 / self.temperature) as f32).clamp(f32::MIN_POSITIVE, f32::MAX)
     }
 }
 
@@ -265,6 +268,12 @@ mod tests {
         let forbidden: Vec<_> = (0..3).map(|id| (id, f32::NEG_INFINITY)).collect();
         assert_eq!(draws(&sampling(), &forbidden), [3; 8]);
         assert_eq!(sampling().draw(&[f32::NEG_INFINITY; 3], &[], 0.5), None);
+        // However hot, all that is possible is alike.
+        for temperature in [1e38, 1e46, f64::MAX] {
+            let hottest = Sampling { temperature, ..sampling() };
+            assert_eq!(draws(&hottest, &[]), [0, 0, 0, 1, 2, 3, 3, 3]);
+            assert_eq!(draws(&hottest, &[(0, f32::NEG_INFINITY)]), [1, 1, 1, 2, 2, 3, 3, 3]);
+        }
         // Cold: the likeliest alone. Hot: all alike.
         assert_eq!(draws(&Sampling { temperature: 1e-3, ..sampling() }, &[]), [1; 8]);
         assert_eq!(draws(&Sampling { temperature: 1e6, ..sampling() }, &[]), [0, 0, 0, 1, 2, 2, 3, 3]);
