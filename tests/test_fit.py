@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import threading
 import time
 
 import numpy as np
@@ -303,6 +304,21 @@ class TestResume:
         assert 0 < again.n_steps <= 11
         fit(again, steps=16 - again.n_steps)
         assert_same(trainer, again)
+
+    def test_a_save_beside_a_fit_is_of_one_moment(self, tmp_path):
+        tokens = fit(trainer_of(), epochs=1)[0]["n_tokens"]
+        trainer, stop = trainer_of(), threading.Event()
+        thread = threading.Thread(
+            target=fit, args=(trainer,), kwargs={"epochs": 9999, "on_epoch": lambda *_: stop.is_set()}
+        )
+        thread.start()
+        try:
+            for _ in range(10):
+                trainer.save(tmp_path)
+                assert fit(tr.Trainer.load(tmp_path), epochs=1)[0]["n_tokens"] == tokens
+        finally:
+            stop.set()
+            thread.join()
 
     def test_a_trainer_fits_once_at_a_time(self):
         trainer = trainer_of()

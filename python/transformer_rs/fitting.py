@@ -82,8 +82,9 @@ class Best(NamedTuple):
 
     def restore(self, trainer: "Trainer") -> None:
         """Go back to it."""
-        trainer._core.restore(self.snapshot)
-        trainer._epoch = dataclasses.replace(self.epoch)
+        with trainer._moving:
+            trainer._core.restore(self.snapshot)
+            trainer._epoch = dataclasses.replace(self.epoch)
 
 
 class Plan:
@@ -149,11 +150,12 @@ def fit(
             while done < len(groups) and not stop:
                 start = time.perf_counter()
                 batches = [plan.data.batch(batch) for batch in groups[done]]
-                done += 1
-                result = trainer._step(_OP, batches, (epoch, done))
-                took = time.perf_counter() - start
                 tokens = sum(len(src) + len(tgt) for src, _, tgt, _ in batches)
-                trainer._epoch.add(result, tokens, took)
+                done += 1
+                with trainer._moving:
+                    result = trainer._step(_OP, batches, (epoch, done))
+                    took = time.perf_counter() - start
+                    trainer._epoch.add(result, tokens, took)
                 steps, seconds = steps + 1, seconds + took
                 show(result, tokens, seconds)
                 stop = limits.reached(steps, seconds)

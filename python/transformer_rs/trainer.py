@@ -133,7 +133,8 @@ class Trainer:
         self._settings: dict[str, Any] = settings
         with named(op):
             self._core = _core.Trainer(model._core, as_json(op, settings))
-        self._epoch, self._fitting = fitting.Epoch(), threading.Lock()
+        self._epoch = fitting.Epoch()
+        self._fitting, self._moving = threading.Lock(), threading.RLock()
         self._best: fitting.Best | None = None
 
     @property
@@ -408,7 +409,9 @@ class Trainer:
         ...     sorted(os.listdir(folder))
         ['config.json', 'model.safetensors', 'trainer-0.safetensors']
         """
-        self._core.save(as_folder("Trainer.save", folder), as_json("Trainer.save", dataclasses.asdict(self._epoch)))
+        place = as_folder("Trainer.save", folder)
+        with self._moving:  # a fit in another thread moves the place in the data, then the sums of the epoch
+            self._core.save(place, as_json("Trainer.save", dataclasses.asdict(self._epoch)))
 
     @classmethod
     def load(cls, folder: "str | os.PathLike[str]") -> "Trainer":
@@ -437,7 +440,8 @@ class Trainer:
         trainer._model = Transformer._of(model)
         trainer._optimizer = _optimizer(settings["optimizer"], tuple(settings["no_decay"]))
         trainer._schedule = _schedule(settings["schedule"])
-        trainer._epoch, trainer._fitting = fitting.Epoch(**json.loads(epoch)), threading.Lock()
+        trainer._epoch = fitting.Epoch(**json.loads(epoch))
+        trainer._fitting, trainer._moving = threading.Lock(), threading.RLock()
         trainer._best = None
         return trainer
 
