@@ -218,10 +218,7 @@ fn a_tied_matrix_in_int8_may_stand_under_both_names_with_equal_bytes() {
     let last = &mut int8.last_mut().unwrap().2[34];
     *last = i8::from(*last == 0);
     for error in [load(&int8).unwrap_err(), open(&int8).unwrap_err()] {
-        assert!(
-            matches!(&error, Error::Checkpoint(text) if text.contains("`up.weight` and `head.weight`")),
-            "{error}"
-        );
+        assert!(matches!(&error, Error::Checkpoint(text) if text.contains("`up.weight` and `head.weight`")), "{error}");
     }
 }
 

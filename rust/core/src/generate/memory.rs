@@ -27,7 +27,11 @@ impl Room {
         let token = |config: &TransformerConfig| {
             2 * config.n_decoder_layers as u128 * config.d_model as u128 * size_of::<f32>() as u128
         };
-        Room { token: models.map(token).sum(), width: options.width(), free: available(Path::new("/")).unwrap_or(u128::MAX) }
+        Room {
+            token: models.map(token).sum(),
+            width: options.width(),
+            free: available(Path::new("/")).unwrap_or(u128::MAX),
+        }
     }
 
     /// What sources take when each of their hypotheses reaches `max_len` and shares nothing, all in whole pages.

@@ -66,10 +66,9 @@ impl Sampling {
             "argument `temperature`: expected a number above 0, got {temperature}; leave it out for the likeliest tokens"
         );
         ensure!(*top_k != Some(0), Config, "argument `top_k`: expected at least 1, got 0");
-        for (name, share, least, expected) in [
-            ("top_p", top_p, f64::MIN_POSITIVE, "above 0, at most 1"),
-            ("min_p", min_p, 0.0, "from 0 to 1"),
-        ] {
+        for (name, share, least, expected) in
+            [("top_p", top_p, f64::MIN_POSITIVE, "above 0, at most 1"), ("min_p", min_p, 0.0, "from 0 to 1")]
+        {
             if let Some(share) = share {
                 ensure!(
                     (least..=1.0).contains(share),

@@ -1,5 +1,6 @@
 //! A trainer on disk and in memory: training goes on from it bit for bit.
 
+use super::optimizer::Slot;
 use super::{Trainer, TrainerConfig};
 use crate::checkpoint::{self, Checkpoint, Container, NamedArray, Offer, TrainerState, match_names, parse_object};
 use crate::ensure;
@@ -7,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::tape::Params;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// What is kept beside the moments.
@@ -15,9 +16,10 @@ use std::path::Path;
 struct Saved {
     step: u64,
     total_steps: Option<u64>,
+    /// Always 0.
     rank: u64,
     config: TrainerConfig,
-    /// Updates of each trainable parameter so far.
+    /// Updates of each trainable parameter: `step` for all.
     updates: BTreeMap<String, u64>,
     /// Where the data stand: the caller's.
     cursor: Value,
@@ -29,7 +31,6 @@ pub struct Snapshot {
     step: u64,
     values: Vec<Vec<f32>>,
     moments: Vec<Vec<f32>>,
-    updates: Vec<u64>,
 }
 
 impl Trainer {
@@ -44,9 +45,10 @@ impl Trainer {
         cursor: Value,
     ) -> Result<()> {
         let layout = params.layout();
-        let updates = self.state.slots.iter().map(|s| (layout.entry(s.id).name.clone(), s.updates)).collect();
-        let (step, total_steps, rank) = (self.step, self.total_steps, self.rank);
-        let saved = Saved { step, total_steps, rank, config: self.config.clone(), updates, cursor };
+        let name = |slot: &Slot| layout.entry(slot.id).name.clone();
+        let updates = self.state.slots.iter().map(|slot| (name(slot), self.state.updates)).collect();
+        let (step, total_steps) = (self.step, self.total_steps);
+        let saved = Saved { step, total_steps, rank: 0, config: self.config.clone(), updates, cursor };
         let json = serde_json::to_string(&saved).map_err(|error| Error::Internal(error.to_string()))?;
 
         let places = self.moment_places(params);
@@ -64,7 +66,7 @@ impl Trainer {
         let saved: Saved = serde_json::from_value(Value::Object(map))
             .map_err(|error| Error::Checkpoint(format!("{what}: the trainer's state: {error}")))?;
         let mut trainer = Trainer::new(saved.config, params)?;
-        (trainer.step, trainer.total_steps, trainer.rank) = (saved.step, saved.total_steps, saved.rank);
+        (trainer.step, trainer.total_steps) = (saved.step, saved.total_steps);
 
         let places = trainer.moment_places(params);
         let places: Vec<_> = places.iter().map(|(name, shape)| (name.as_str(), *shape)).collect();
@@ -79,27 +81,22 @@ impl Trainer {
             let here = trainer.state.slots[place / kinds].here.clone();
             trainer.state.moments[place % kinds][here].copy_from_slice(&container.read(array)?);
         }
+        trainer.state.updates = saved.step;
+        let names = trainer.state.slots.iter().map(|slot| &params.layout().entry(slot.id).name);
         ensure!(
-            saved.updates.len() == trainer.state.slots.len(),
+            saved.updates.keys().eq(names.collect::<BTreeSet<_>>())
+                && saved.updates.values().all(|&updates| updates == saved.step),
             Checkpoint,
-            "{what}: expected the updates of {} parameters, got {}",
-            trainer.state.slots.len(),
-            saved.updates.len()
+            "{what}: expected {} updates of each trained parameter; the file is damaged",
+            saved.step
         );
-        for slot in &mut trainer.state.slots {
-            let name = &params.layout().entry(slot.id).name;
-            match saved.updates.get(name) {
-                Some(&updates) => slot.updates = updates,
-                None => crate::bail!(Checkpoint, "{what}: the updates of `{name}` are missing; the file is damaged"),
-            }
-        }
         Ok((trainer, saved.cursor))
     }
 
     /// Name and shape of each moment of each trainable parameter.
     fn moment_places<'a>(&self, params: &'a Params<f32>) -> Vec<(String, &'a [usize])> {
         let kinds = self.config.optimizer.moments();
-        let of = |slot: &super::optimizer::Slot| {
+        let of = |slot: &Slot| {
             let entry = params.layout().entry(slot.id);
             kinds.iter().map(move |kind| (format!("{}.{kind}", entry.name), entry.shape.as_slice()))
         };
@@ -112,7 +109,6 @@ impl Trainer {
             step: self.step,
             values: checkpoint::state_dict(params).into_iter().map(|(.., values)| values.to_vec()).collect(),
             moments: self.state.moments.iter().map(|arena| arena.to_vec()).collect(),
-            updates: self.state.slots.iter().map(|slot| slot.updates).collect(),
         }
     }
 
@@ -120,18 +116,17 @@ impl Trainer {
     pub fn restore(&mut self, snapshot: &Snapshot, params: &mut Params<f32>) -> Result<()> {
         let here = self.state.moments.iter().map(|arena| arena.len());
         ensure!(
-            here.eq(snapshot.moments.iter().map(Vec::len)) && self.state.slots.len() == snapshot.updates.len(),
+            here.eq(snapshot.moments.iter().map(Vec::len)),
             Config,
-            "restore: the snapshot belongs to another set of trainable parameters"
+            "restore: the snapshot belongs to another trainer; restore one of this trainer"
         );
         let layout = params.layout().clone();
         let names = layout.ids().map(|id| layout.entry(id)).chain(layout.stat_ids().map(|id| layout.stat_entry(id)));
         let arrays: Vec<NamedArray> =
             names.zip(&snapshot.values).map(|(e, values)| (e.name.as_str(), e.shape.as_slice(), &values[..])).collect();
         checkpoint::load_state(params, &arrays, &[])?;
-        self.step = snapshot.step;
+        (self.step, self.state.updates) = (snapshot.step, snapshot.step);
         self.state.moments.iter_mut().zip(&snapshot.moments).for_each(|(arena, values)| arena.copy_from_slice(values));
-        self.state.slots.iter_mut().zip(&snapshot.updates).for_each(|(slot, updates)| slot.updates = *updates);
         Ok(())
     }
 }

@@ -238,8 +238,6 @@ pub struct Trainer {
     pub(super) step: u64,
     /// The number of steps that schedules without a total of their own go by.
     pub total_steps: Option<u64>,
-    /// The number of this process among those that train together: each has its own dropout.
-    pub rank: u64,
     pub(super) state: OptimizerState,
     /// For gradients, while nobody holds it.
     grads: Option<Grads<f32>>,
@@ -259,7 +257,6 @@ impl Trainer {
             config,
             step: 0,
             total_steps: None,
-            rank: 0,
             state,
             grads: Some(grads),
             pool: Pool::default(),
@@ -289,17 +286,6 @@ impl Trainer {
     /// Bytes that wait for the next step.
     pub fn pool_bytes(&self) -> usize {
         self.pool.bytes()
-    }
-
-    /// Changes which parameters are frozen. What is set free later starts with moments of zero.
-    pub fn set_freeze(&mut self, patterns: Vec<String>, params: &mut Params<f32>) -> Result<()> {
-        let config = TrainerConfig { freeze: patterns, ..self.config.clone() };
-        freeze(&config, params)?;
-        let grads = Grads::new(params)?;
-        let mut state = OptimizerState::new(&config.optimizer, &config.no_decay, params, &grads)?;
-        state.inherit(&self.state);
-        (self.config, self.state, self.grads, self.covered) = (config, state, Some(grads), false);
-        Ok(())
     }
 
     /// One step: the gradient of all micro-batches together, then an update.
@@ -446,7 +432,7 @@ impl Trainer {
         let key = Key::new(self.config.seed).fold(sum.statistics.step);
         let mut noted: BTreeMap<StatId, (usize, Vec<f64>)> = BTreeMap::new();
         for (micro, batch) in micro_batches.iter().enumerate() {
-            let key = key.fold(micro as u64).fold(self.rank);
+            let key = key.fold(micro as u64).fold(0); // 0: this process, should several train together
             let mut tape = Tape::training(std::mem::take(&mut self.pool), key);
             tape.precision = if self.compute() == Compute::Bf16 { Precision::Bf16 } else { Precision::Full };
             let done = self.one_batch(model, params, batch, &mut tape, sum);
