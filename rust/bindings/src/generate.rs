@@ -100,7 +100,6 @@ impl Settings {
             prefixes: self.prefixes,
             alternatives: self.alternatives,
             scores: self.scores,
-            attention: false,
         };
         (options, self.logits_processor)
     }

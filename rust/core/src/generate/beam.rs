@@ -266,7 +266,6 @@ impl Beam {
             token_logprobs,
             finished: ended.finished,
             alternatives: nodes.iter().flat_map(|node| node.alternatives.iter().copied()).collect(),
-            attention: None,
         }
     }
 

@@ -246,7 +246,7 @@ mod tests {
         all.extend([
             beams(1, 1),
             long.clone(),
-            GenerateOptions { sampling: Some(sampling), attention: true, ..long },
+            GenerateOptions { sampling: Some(sampling), ..long },
             GenerateOptions { patience: 3.0, max_len: fixed(9), ..GenerateOptions::default() },
             GenerateOptions { max_len: fixed(1), ..GenerateOptions::default() },
         ]);

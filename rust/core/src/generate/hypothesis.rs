@@ -17,15 +17,4 @@ pub struct Hypothesis {
     /// The likeliest tokens at each step with their log-probabilities, as many for each of `token_logprobs` as were asked
     /// for: the model's own, BOS and PAD among them, likeliest first and the lower id first among equals.
     pub alternatives: Vec<Entry>,
-    /// What its tokens attended to, if asked for.
-    pub attention: Option<CrossAttention>,
-}
-
-/// Cross-attention weights of one hypothesis: which part of the source each token was read from.
-#[derive(Clone, Debug, PartialEq)]
-pub struct CrossAttention {
-    /// The weights, row-major.
-    pub values: Vec<f32>,
-    /// `(decoder layers, heads, tokens, source length)`; the tokens are those of `token_logprobs`.
-    pub shape: [usize; 4],
 }

@@ -14,7 +14,6 @@
 //! back. Their probability stays in `token_logprobs`, which are the raw model's and equal [`Transformer::score`] bit for bit.
 //! A source may be empty: attention to no keys gives zeros.
 
-mod attention;
 mod beam;
 mod choice;
 mod constraints;
@@ -28,7 +27,7 @@ mod sampling;
 pub use crate::kernels::top_k::Entry;
 pub use choice::Processor;
 pub use decoding::Decoding;
-pub use hypothesis::{CrossAttention, Hypothesis};
+pub use hypothesis::Hypothesis;
 pub use options::{GenerateOptions, Length, Plan};
 pub use sampling::{Sampling, Seeds};
 
@@ -95,9 +94,6 @@ pub fn hypotheses(
             for (source, best) in decoding.step(model, draft, pool, processor.as_deref_mut())? {
                 found[source] = best;
             }
-        }
-        if options.attention {
-            attention::attend(model, pool, src, rows, &mut found)?;
         }
         Ok(found)
     })

@@ -64,8 +64,6 @@ pub struct GenerateOptions {
     /// Whether hypotheses come with scores and log-probabilities. Where they do not, one that is searched greedily, or drawn from the
     /// `top_k`, takes less time: not every logit need be known.
     pub scores: bool,
-    /// Whether hypotheses come with the attention their tokens paid to the source.
-    pub attention: bool,
 }
 
 impl Default for GenerateOptions {
@@ -85,7 +83,6 @@ impl Default for GenerateOptions {
             prefixes: Vec::new(),
             alternatives: 0,
             scores: true,
-            attention: false,
         }
     }
 }

@@ -126,7 +126,7 @@ fn sum(logprobs: &[f32]) -> f64 {
 
 fn hypothesis(ids: Vec<u32>, token_logprobs: Vec<f32>, finished: bool, options: &GenerateOptions) -> Hypothesis {
     let score = sum(&token_logprobs) / libm::pow(token_logprobs.len() as f64, options.length_penalty);
-    Hypothesis { ids, score, token_logprobs, finished, alternatives: Vec::new(), attention: None }
+    Hypothesis { ids, score, token_logprobs, finished, alternatives: Vec::new() }
 }
 
 /// Ragged sources, one of them empty.
@@ -239,7 +239,7 @@ fn a_beam_wider_than_the_language_finds_its_best() {
 #[test]
 fn a_source_gets_the_same_bits_alone_in_any_batch_order_and_number_of_threads() {
     let fixture = Fixture::new(config(), 8);
-    for options in [GenerateOptions::default(), GenerateOptions { attention: true, ..beams(4, 3) }] {
+    for options in [GenerateOptions::default(), beams(4, 3)] {
         let together = fixture.search(&SOURCES, &options).unwrap();
         for (src, expected) in SOURCES.iter().zip(&together) {
             assert_eq!(&fixture.search(&[src], &options).unwrap()[0], expected);
@@ -271,7 +271,7 @@ pub(super) fn everything() -> Vec<GenerateOptions> {
     };
     vec![
         common.clone(),
-        GenerateOptions { beam: 4, n_best: 3, patience: 2.0, attention: true, ..common.clone() },
+        GenerateOptions { beam: 4, n_best: 3, patience: 2.0, ..common.clone() },
         GenerateOptions { n_best: 3, sampling: Some(sampling(each.clone(), None)), ..common.clone() },
         GenerateOptions { sampling: Some(sampling(each, Some(0.9))), ..common },
     ]
@@ -463,43 +463,6 @@ fn a_prefix_read_at_once_is_the_same_forced_token_by_token() {
 }
 
 #[test]
-fn attention_is_that_of_the_steps_and_asking_for_it_changes_nothing() {
-    let fixture = Fixture::new(config(), 21);
-    let plain = fixture.search(&SOURCES, &beams(3, 3)).unwrap();
-    let options = GenerateOptions { attention: true, ..beams(3, 3) };
-    let mut found = fixture.search(&SOURCES, &options).unwrap();
-    for (src, found) in SOURCES.iter().zip(&mut found) {
-        for h in found {
-            let attention = h.attention.take().unwrap();
-            assert_eq!(attention.shape, [2, 2, h.token_logprobs.len(), src.len()]);
-            if src.is_empty() {
-                continue;
-            }
-            for row in attention.values.chunks(src.len()) {
-                assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-5);
-            }
-            // The same tokens once more, by the cache, a token at a time.
-            let rows = Rows::from_lengths(&[src.len()]);
-            let mut tape = Tape::evaluation(Pool::default());
-            let memory = fixture.model.encode(&mut tape, &fixture.params, src, &rows).unwrap();
-            let mut state = fixture.model.start(&mut tape, &fixture.params, memory, &rows).unwrap();
-            tape.collect_attention();
-            for (t, &token) in [BOS].iter().chain(&h.ids).take(h.token_logprobs.len()).enumerate() {
-                let one = Rows::from_lengths(&[1]);
-                fixture.model.advance(&mut tape, &fixture.params, &[token], &one, &mut state).unwrap();
-                for (layer, step) in tape.take_attention().iter().skip(1).step_by(2).enumerate() {
-                    for (head, weights) in step.values.chunks(src.len()).enumerate() {
-                        let row = (layer * 2 + head) * h.token_logprobs.len() + t;
-                        assert_eq!(attention.values[row * src.len()..][..src.len()], *weights);
-                    }
-                }
-            }
-        }
-    }
-    assert_eq!(found, plain);
-}
-
-#[test]
 fn weights_that_are_not_finite_are_an_error_with_step_and_source() {
     let mut fixture = Fixture::new(config(), 1);
     let good = fixture.search(&SOURCES, &beams(2, 1)).unwrap();
@@ -569,7 +532,7 @@ fn without_scores_the_ids_are_the_same() {
     let common = GenerateOptions { max_len: fixed(8), ..GenerateOptions::default() };
     let mut all = vec![
         common.clone(),
-        GenerateOptions { min_len: fixed(8).unwrap(), attention: true, ..common.clone() },
+        GenerateOptions { min_len: fixed(8).unwrap(), ..common.clone() },
         GenerateOptions { no_repeat_ngram: Some(1), suppress: vec![4, 7], forced: [(2, 5)].into(), ..common.clone() },
         GenerateOptions { prefixes: vec![vec![3], vec![], vec![6, 6], vec![7; 8], vec![]], ..common.clone() },
         GenerateOptions { sampling: Some(sampling(None)), n_best: 3, ..common.clone() },

@@ -48,11 +48,6 @@ impl<T: Float> KeyValueCache<T> {
         self.slots.len()
     }
 
-    /// Number of keys of sequence `i`.
-    pub fn length(&self, i: usize) -> usize {
-        self.lengths[i]
-    }
-
     /// Appends to each sequence the keys and values of its rows: columns `k_start..` and `v_start..` of the matrix
     /// `kv`, whose rows are `stride` apart. No two sequences share a slot.
     pub fn append(&mut self, kv: &[T], stride: usize, k_start: usize, v_start: usize, rows: &Rows) -> Result<()> {
