@@ -149,7 +149,7 @@ pub struct Evaluation {
 pub struct Gradients {
     /// The sum over all tokens, so that an all-reduce is a plain sum, of this and of `n_tokens`.
     grads: Grads<f32>,
-    /// Whether they came from elsewhere: they are those of a token then.
+    /// Whether they were given from outside: then they are of the mean loss, and are not divided again.
     given: bool,
     /// Of the gradient per token, if it is known.
     norm: Option<f64>,
@@ -182,8 +182,8 @@ impl Gradients {
         if self.given { 1.0 } else { 1.0 / self.n_tokens as f64 }
     }
 
-    /// The gradients of the summed loss, to be changed: by an all-reduce, for example.
-    pub fn grads_mut(&mut self) -> &mut Grads<f32> {
+    /// To be changed.
+    pub(super) fn grads_mut(&mut self) -> &mut Grads<f32> {
         self.norm = None;
         &mut self.grads
     }
