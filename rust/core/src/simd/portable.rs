@@ -31,7 +31,11 @@ macro_rules! portable {
                 // Adding 1.5 · 2^mantissa rounds to an integer, ties to even; larger numbers are integers already.
                 round(a) = if Float::abs(a) < LARGE { (a + MAGIC) - MAGIC } else { a };
                 // The low bits of n + MAGIC are n: shifted to the exponent they add to it.
-                scale2(a, n) = $T::from_bits(a.to_bits().wrapping_add((n + MAGIC).to_bits() << $mantissa));
+                scale2(a, n) = if Float::is_nan(a) {
+                    a
+                } else {
+                    $T::from_bits(a.to_bits().wrapping_add((n + MAGIC).to_bits() << $mantissa))
+                };
             }
             portable! { @compare lt(a, b) = a < b; le(a, b) = a <= b; eq(a, b) = a == b; }
 
