@@ -28,8 +28,11 @@ macro_rules! portable {
                 abs(a) = Float::abs(a);
                 neg(a) = -a;
                 copysign(a, b) = $T::from_bits((a.to_bits() & !SIGN) | (b.to_bits() & SIGN));
-                // Adding 1.5 · 2^mantissa rounds to an integer, ties to even; larger numbers are integers already.
-                round(a) = if Float::abs(a) < LARGE { (a + MAGIC) - MAGIC } else { a };
+                // Adding 2^mantissa, away from zero, rounds to an integer, ties to even; larger numbers are integers already.
+                round(a) = {
+                    let whole = $T::from_bits(WHOLE.to_bits() | (a.to_bits() & SIGN));
+                    if Float::abs(a) < WHOLE { (a + whole) - whole } else { a }
+                };
                 // The low bits of n + MAGIC are n: shifted to the exponent they add to it.
                 scale2(a, n) = if Float::is_nan(a) {
                     a
@@ -123,8 +126,8 @@ macro_rules! portable {
         }
 
         const SIGN: $Bits = 1 << ($Bits::BITS - 1);
-        const LARGE: $T = (1u64 << ($mantissa - 1)) as $T;
-        const MAGIC: $T = 3.0 * LARGE;
+        const WHOLE: $T = (1u64 << $mantissa) as $T;
+        const MAGIC: $T = 1.5 * WHOLE;
     };
     (@each $($name:ident($a:ident $(, $b:ident)*) = $lane:expr;)*) => {$(
         #[inline(always)]
