@@ -77,10 +77,10 @@ impl Simd<f32> for Avx512 {
 
     const PAIRS: bool = true;
     #[inline(always)]
-    fn pairs(self, first: __m512, second: __m512) -> __m512 {
-        let rounded = self.adjacent_pairs(first, second);
-        // SAFETY: the token vouches for AVX-512 BW.
+    unsafe fn pairs(self, first: __m512, second: __m512) -> __m512 {
+        // SAFETY: the token vouches for AVX-512 BW, the caller for BF16.
         unsafe {
+            let rounded = self.adjacent_pairs(first, second);
             let order = _mm512_set_epi16(
                 31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2,
                 17, 1, 16, 0,
@@ -89,12 +89,12 @@ impl Simd<f32> for Avx512 {
         }
     }
     #[inline(always)]
-    fn adjacent_pairs(self, low: __m512, high: __m512) -> __m512 {
+    unsafe fn adjacent_pairs(self, low: __m512, high: __m512) -> __m512 {
         // SAFETY: the token vouches for AVX-512, the caller for BF16.
         unsafe { adjacent_pairs(low, high) }
     }
     #[inline(always)]
-    fn dot_pairs(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+    unsafe fn dot_pairs(self, a: __m512, b: __m512, c: __m512) -> __m512 {
         // SAFETY: as above.
         unsafe { dot_pairs(a, b, c) }
     }

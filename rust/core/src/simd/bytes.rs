@@ -63,17 +63,18 @@ impl Bytes {
 
     /// Every way that this CPU has, whatever path was chosen.
     pub fn all() -> Vec<Self> {
-        let mut all = vec![Bytes::Portable];
-        if features().best >= Isa::Avx2 {
-            all.push(Bytes::Avx2);
+        [Bytes::Portable, Bytes::Avx2, Bytes::Vnni, Bytes::Amx].into_iter().filter(|bytes| bytes.is_here()).collect()
+    }
+
+    /// Whether this CPU has it.
+    fn is_here(self) -> bool {
+        let cpu = features();
+        match self {
+            Bytes::Portable => true,
+            Bytes::Avx2 => cpu.best >= Isa::Avx2,
+            Bytes::Vnni => cpu.avx512_vnni,
+            Bytes::Amx => cpu.avx512_vnni && cpu.best == Isa::Amx,
         }
-        if features().avx512_vnni {
-            all.push(Bytes::Vnni);
-            if features().best == Isa::Amx {
-                all.push(Bytes::Amx);
-            }
-        }
-        all
     }
 
     /// What is added to a weight before it is packed.
@@ -124,13 +125,14 @@ pub struct Multiplier<'a> {
 }
 
 impl<'a> Multiplier<'a> {
-    /// One that uses these instructions, which `best` or `all` gave.
+    /// One that uses these instructions, which the CPU must have.
     pub fn new(bytes: Bytes, sums: &'a mut Sums) -> Self {
+        assert!(bytes.is_here(), "this CPU lacks the instructions of {bytes:?}");
         Multiplier {
             bytes,
             sums,
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: `best` and `all` name what the CPU has.
+            // SAFETY: the CPU has them.
             tiles: (bytes == Bytes::Amx).then(|| unsafe { amx::Tiles::new() }),
         }
     }
@@ -153,7 +155,7 @@ impl<'a> Multiplier<'a> {
                 // SAFETY: a CPU with AMX has AVX-512.
                 unsafe { x86::scale_avx512(out, self.sums, o) };
             }
-            // SAFETY: `best` and `all` name what the CPU has; the lengths were checked.
+            // SAFETY: `new` asked whether the CPU has them; the lengths were checked.
             #[cfg(target_arch = "x86_64")]
             Bytes::Vnni | Bytes::Amx => unsafe { x86::vnni(out, o) },
             // SAFETY: as above.

@@ -165,20 +165,26 @@ pub trait Simd<T: Float>: Copy + Send + Sync + 'static {
     fn keep(self, row_key: [u32; 2], first_column: u32, threshold: u32) -> Self::M;
 
     /// Whether the path can have [`dot_pairs`](Simd::dot_pairs) and what makes its operands; the CPU must have them too
-    /// ([`Features::fast_bf16`]).
+    /// ([`Features::avx512_bf16`]).
     const PAIRS: bool = false;
     /// Lane i holds two bf16 numbers, the rounded lanes i of `first` and `second`.
-    fn pairs(self, first: Self::V, second: Self::V) -> Self::V {
+    /// # Safety
+    /// `PAIRS`, and the CPU has [`Features::avx512_bf16`], which the token does not prove.
+    unsafe fn pairs(self, first: Self::V, second: Self::V) -> Self::V {
         let _ = (first, second);
         unreachable!("no pairs of bf16 on this path")
     }
     /// Lane i holds two bf16 numbers, the rounded lanes 2 i and 2 i + 1 of `low` followed by `high`.
-    fn adjacent_pairs(self, low: Self::V, high: Self::V) -> Self::V {
+    /// # Safety
+    /// As of [`pairs`](Simd::pairs).
+    unsafe fn adjacent_pairs(self, low: Self::V, high: Self::V) -> Self::V {
         let _ = (low, high);
         unreachable!("no pairs of bf16 on this path")
     }
     /// c + a₀ b₀ + a₁ b₁ for the pairs in a and b.
-    fn dot_pairs(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+    /// # Safety
+    /// As of [`pairs`](Simd::pairs).
+    unsafe fn dot_pairs(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         let _ = (a, b, c);
         unreachable!("no pairs of bf16 on this path")
     }

@@ -439,6 +439,20 @@ fn levels_are_checked() {
 }
 
 #[test]
+fn bytes_are_multiplied_by_what_the_cpu_has() {
+    use bytes::{Bytes, Multiplier, Sums};
+    let all = Bytes::all();
+    assert!(all.contains(&Bytes::Portable) && all.contains(&Bytes::best()));
+    for bytes in [Bytes::Portable, Bytes::Avx2, Bytes::Vnni, Bytes::Amx] {
+        let made = std::panic::catch_unwind(|| {
+            let mut sums = Sums::ZERO;
+            drop(Multiplier::new(bytes, &mut sums));
+        });
+        assert_eq!(made.is_ok(), all.contains(&bytes), "{bytes:?}");
+    }
+}
+
+#[test]
 fn buffers_are_aligned_and_refuse_politely() {
     for len in [0, 1, 15, 16, 17, 1000] {
         let mut buffer = Buffer::<f32>::zeroed(len).unwrap();

@@ -151,14 +151,17 @@ impl<const BLOCK: usize> Form for Pairs<BLOCK> {
 
     #[inline(always)]
     fn unit<T: Float, S: Simd<T>>(s: S, first: S::V, second: S::V) -> S::V {
-        s.pairs(first, second)
+        // SAFETY: a product takes this form where `pairs` or `tiles` is true; each says that the CPU has AVX-512 BF16.
+        unsafe { s.pairs(first, second) }
     }
     #[inline(always)]
     fn adjacent<T: Float, S: Simd<T>>(s: S, low: S::V, high: S::V) -> S::V {
-        s.adjacent_pairs(low, high)
+        // SAFETY: as above.
+        unsafe { s.adjacent_pairs(low, high) }
     }
     #[inline(always)]
     fn multiply_add<T: Float, S: Simd<T>>(s: S, a: S::V, b: S::V, c: S::V) -> S::V {
-        s.dot_pairs(a, b, c)
+        // SAFETY: as above.
+        unsafe { s.dot_pairs(a, b, c) }
     }
 }
