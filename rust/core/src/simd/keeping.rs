@@ -80,7 +80,7 @@ impl Kept {
         while self.count == BLOCKS || self.bytes + block.bytes > MOST {
             let oldest = self.remove(0);
             // SAFETY: it came from the system, in a layout made of its size.
-            unsafe { System.dealloc(oldest.address, layout(oldest.bytes)) };
+            unsafe { System.dealloc(oldest.address, aligned(oldest.bytes)) };
         }
         self.blocks[self.count] = block;
         self.count += 1;
@@ -88,7 +88,7 @@ impl Kept {
     }
 }
 
-fn layout(bytes: usize) -> Layout {
+fn aligned(bytes: usize) -> Layout {
     // SAFETY: the alignment is a power of two, and `class` gives no sizes near the largest.
     unsafe { Layout::from_size_align_unchecked(bytes, ALIGNMENT) }
 }
@@ -100,71 +100,70 @@ fn class(layout: Layout) -> Option<usize> {
     fits.then(|| bytes.next_multiple_of(bytes.next_power_of_two() / 16))
 }
 
-fn take(bytes: usize) -> Option<*mut u8> {
+/// The layout in which the system has an allocation. What is large has one alignment, kept or not, so that the system can resize it.
+fn layout(asked: Layout) -> Layout {
+    match class(asked) {
+        Some(bytes) => aligned(bytes),
+        None if asked.size() > MOST => asked.align_to(ALIGNMENT).unwrap_or(asked),
+        None => asked,
+    }
+}
+
+fn take(asked: Layout) -> Option<*mut u8> {
+    let bytes = class(asked)?;
     SHELF.visit(|kept| kept.take(bytes)).flatten().map(|block| block.address)
 }
 
-// SAFETY: a block is the system's, of `class(layout)` bytes from `alloc` to `dealloc`; while it is kept nobody else has it.
+// SAFETY: a block is the system's, in `layout` of what was asked, from `alloc` to `dealloc`; while it is kept nobody else has it.
 unsafe impl GlobalAlloc for Keeping {
     unsafe fn alloc(&self, asked: Layout) -> *mut u8 {
         // SAFETY: the caller's promise.
-        let fresh = |layout| unsafe { System.alloc(layout) };
-        match class(asked) {
-            Some(bytes) => take(bytes).unwrap_or_else(|| fresh(layout(bytes))),
-            None => fresh(asked),
-        }
+        take(asked).unwrap_or_else(|| unsafe { System.alloc(layout(asked)) })
     }
 
     unsafe fn alloc_zeroed(&self, asked: Layout) -> *mut u8 {
-        // SAFETY: the caller's promise.
-        let fresh = |layout| unsafe { System.alloc_zeroed(layout) };
-        match class(asked) {
-            Some(bytes) => match take(bytes) {
-                Some(address) => {
-                    // SAFETY: the block has at least as many bytes.
-                    unsafe { address.write_bytes(0, asked.size()) };
-                    address
-                }
-                None => fresh(layout(bytes)),
-            },
-            None => fresh(asked),
+        match take(asked) {
+            Some(address) => {
+                // SAFETY: the block has at least as many bytes.
+                unsafe { address.write_bytes(0, asked.size()) };
+                address
+            }
+            // SAFETY: the caller's promise.
+            None => unsafe { System.alloc_zeroed(layout(asked)) },
         }
     }
 
     unsafe fn dealloc(&self, address: *mut u8, given: Layout) {
-        // SAFETY: the caller's promise; `alloc` asked the system for that layout.
-        let free = |layout| unsafe { System.dealloc(address, layout) };
-        match class(given) {
-            Some(bytes) => {
-                if SHELF.visit(|kept| kept.put(Block { address, bytes })).is_none() {
-                    free(layout(bytes));
-                }
-            }
-            None => free(given),
+        let kept = class(given).and_then(|bytes| SHELF.visit(|kept| kept.put(Block { address, bytes })));
+        if kept.is_none() {
+            // SAFETY: the caller's promise; the system has it in that layout.
+            unsafe { System.dealloc(address, layout(given)) };
         }
     }
 
     unsafe fn realloc(&self, address: *mut u8, given: Layout, size: usize) -> *mut u8 {
         // SAFETY: the caller promises a size that fits a layout.
         let wanted = unsafe { Layout::from_size_align_unchecked(size, given.align()) };
-        match (class(given), class(wanted)) {
-            // SAFETY: the caller's promise; the block is the system's in that layout.
-            (None, None) => unsafe { System.realloc(address, given, size) },
-            (Some(before), Some(after)) if before == after => address,
-            (before, after) => {
-                // What grows step by step and is freed at its full size would be kept, and never asked for.
-                if let Some(block) = after.and_then(take) {
-                    // SAFETY: both blocks have that many bytes; the old one is the caller's to give back.
-                    unsafe {
-                        address.copy_to_nonoverlapping(block, given.size().min(size));
-                        self.dealloc(address, given);
-                    }
-                    return block;
-                }
-                // SAFETY: as above; blocks that grow or shrink stay the system's, in the layout of their class.
-                unsafe { System.realloc(address, before.map_or(given, layout), after.unwrap_or(size)) }
+        let (from, to) = (layout(given), layout(wanted));
+        if from == to {
+            return address;
+        }
+        // What grows step by step and is freed at its full size would be kept, and never asked for.
+        let block = match take(wanted) {
+            Some(block) => block,
+            // SAFETY: the caller's promise; the system has the block in `from`, and has it in `to` afterwards.
+            None if from.align() == to.align() => return unsafe { System.realloc(address, from, to.size()) },
+            // SAFETY: the caller's promise.
+            None => unsafe { System.alloc(to) },
+        };
+        if !block.is_null() {
+            // SAFETY: both blocks have that many bytes; the old one is the caller's to give back.
+            unsafe {
+                address.copy_to_nonoverlapping(block, given.size().min(size));
+                self.dealloc(address, given);
             }
         }
+        block
     }
 }
 
@@ -191,7 +190,16 @@ mod tests {
             let grown = Keeping.realloc(grown, of(5 << 20), 6 << 20);
             assert_eq!((grown, *grown.add((1 << 20) - 101)), (kept, 0), "what grows takes what was kept");
             let shrunk = Keeping.realloc(grown, of(6 << 20), 1000);
-            Keeping.dealloc(shrunk, of(1000));
+            assert!((0..1000).all(|i| *shrunk.add(i) == 0));
+            shrunk.write_bytes(3, 1000);
+            let large = Keeping.realloc(shrunk, of(1000), MOST + 1);
+            let shrunk = Keeping.realloc(large, of(MOST + 1), 1 << 20);
+            let small = Keeping.realloc(shrunk, of(1 << 20), 1000);
+            assert!((0..1000).all(|i| *small.add(i) == 3));
+            Keeping.dealloc(small, of(1000));
+            // The system resizes a block in the alignment that it knows.
+            let aligned: Vec<_> = [SMALLEST, MOST, MOST + 1, 1 << 40].map(|bytes| layout(of(bytes)).align()).into();
+            assert!(aligned.iter().all(|align| *align == ALIGNMENT) && layout(of(1000)) == of(1000));
             let (small, aligned) = (of(1000), Layout::from_size_align(1 << 20, 4096).unwrap());
             for layout in [small, aligned, of(MOST + 1)] {
                 let block = Keeping.alloc(layout);
