@@ -158,6 +158,8 @@ def test_a_model_that_no_machine_can_hold():
     config = tr.TransformerConfig(src_vocab=1 << 24, tgt_vocab=1 << 24, d_model=1 << 22, n_heads=1)
     with pytest.raises((tr.OutOfMemoryError, tr.ConfigError)):
         tr.Transformer(config, seed=0)
+    with pytest.raises(tr.OutOfMemoryError, match="cannot allocate"):  # 2**64 weights in each projection
+        tr.nn.MultiHeadAttention(2**16, 2**24, head_dim=2**24, bias=False)
 
 
 def test_every_error_is_of_the_family_and_of_a_builtin():

@@ -68,7 +68,7 @@ impl MultiHeadAttention {
     /// Declares `q`, `k`, `v` (stored side by side) and `out`.
     pub fn new(b: &mut Builder, config: &AttentionConfig) -> Self {
         let &AttentionConfig { d_model, n_heads, n_kv_heads, head_dim, scale, bias, dropout } = config;
-        let (queries, keys) = (n_heads * head_dim, n_kv_heads * head_dim);
+        let (queries, keys) = (n_heads.saturating_mul(head_dim), n_kv_heads.saturating_mul(head_dim));
         let qkv = Linear::group(b, &[("q", queries), ("k", keys), ("v", keys)], d_model, bias);
         MultiHeadAttention {
             q: qkv.members(0..1),

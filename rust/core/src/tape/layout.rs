@@ -62,6 +62,9 @@ pub enum Init {
     Xavier,
 }
 
+/// More elements than any machine has memory for: where ranges end that would wrap around.
+const TOO_MANY: usize = 1 << 60;
+
 /// A named range of an arena.
 #[derive(Clone, Debug)]
 pub struct Entry {
@@ -113,7 +116,8 @@ impl Builder {
         let first = self.params.len() as u32;
         let mut start = self.params.last().map_or(0, |e| e.range.end.next_multiple_of(16));
         for (name, shape, init) in members {
-            let end = start + shape.iter().product::<usize>();
+            let elements = shape.iter().fold(1usize, |n, &size| n.saturating_mul(size));
+            let end = start.saturating_add(elements).min(TOO_MANY); // the arena refuses so many
             let (name, shape) = (self.full(name), shape.to_vec());
             let (stored, range) = (Stored::F32, start..end);
             self.params.push(Entry { name, shape, stored, range, scale: None, init: *init });
@@ -129,7 +133,7 @@ impl Builder {
             name: self.full(name),
             shape: vec![len],
             stored: Stored::F32,
-            range: begin..begin + len,
+            range: begin..begin.saturating_add(len).min(TOO_MANY),
             scale: None,
             init: Init::Constant(start),
         });
@@ -189,8 +193,8 @@ impl Layout {
         self.by_name.get(name).copied()
     }
 
-    /// The same parameters, as a model declares them, with its matrices in another form, all but some; in int8 those of
-    /// linear maps alone. They have no elements in the arena; groups stay without gaps.
+    /// The same parameters, as a model declares them, with its matrices in another form, all but `except`. They have no
+    /// elements in the arena; groups stay without gaps.
     pub fn stored_in(&self, stored: Stored, except: &[ParamId]) -> Layout {
         let (mut params, mut old_end, mut end) = (Vec::with_capacity(self.params.len()), 0, 0usize);
         for (id, entry) in self.ids().zip(&self.params) {

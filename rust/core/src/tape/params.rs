@@ -425,6 +425,16 @@ mod tests {
     }
 
     #[test]
+    fn more_elements_than_can_be_counted_are_refused() {
+        for shapes in [&[[1 << 48, 1 << 16]][..], &[[1 << 32, 1 << 32], [3, 5]], &[[1 << 31, 1 << 31]; 5]] {
+            let mut b = Builder::new();
+            shapes.iter().enumerate().for_each(|(i, shape)| _ = b.param(&i.to_string(), shape, Init::Xavier));
+            let error = Params::<f32>::init(Arc::new(b.finish()), 0).err();
+            assert!(matches!(error, Some(Error::OutOfMemory(_))), "{shapes:?}");
+        }
+    }
+
+    #[test]
     fn in_bf16_all_matrices_leave_the_arena_and_come_back_rounded() {
         let params = Params::<f32>::init(two_linears(), 3).unwrap();
         let find = |name| params.layout().find(name).unwrap();
