@@ -1,6 +1,6 @@
 //! Batch norm (Ioffe and Szegedy 2015): every column is normalised over the rows of the batch, which are real tokens only.
 
-use super::{GainAndBias, expect_shape, gain_and_bias, neutral};
+use super::{GainAndBias, check_gain_and_bias, gain_and_bias, neutral};
 use crate::ensure;
 use crate::error::Result;
 use crate::kernels::batch_norm::{batch_norm_backward, batch_norm_forward, batch_norm_sums, squared_deviations};
@@ -40,11 +40,7 @@ pub fn batch_norm<T: Float>(
         Config,
         "batch_norm: argument `eps`: expected a number from 0 up, got {eps}"
     );
-    for (argument, id) in [("weight", weight), ("bias", bias)] {
-        if let Some(id) = id {
-            expect_shape(params, "batch_norm", argument, id, &[cols])?;
-        }
-    }
+    check_gain_and_bias(params, "batch_norm", (weight, bias), cols)?;
     if let Some(Running { mean, var, momentum }) = running {
         ensure!(
             (0.0..=1.0).contains(&momentum),

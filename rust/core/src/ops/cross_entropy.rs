@@ -1,7 +1,7 @@
 //! Cross-entropy with label smoothing, alone and fused with the projection that makes the logits.
 
 use super::embedding::check_ids;
-use super::expect_shape;
+use super::expect_len;
 use super::linear::{column_sums, matrix, product, product_compact, product_dw, product_dx, transposed};
 use crate::error::{Result, Shape};
 use crate::kernels::Beta;
@@ -133,7 +133,7 @@ fn vocabulary<T: Float>(
         "{op}: argument `weight`: expected (V, {d}) for `x` of {d} columns, got {}",
         Shape(shape)
     );
-    bias.map_or(Ok(()), |bias| expect_shape(params, op, "bias", bias, &[v]))?;
+    bias.map_or(Ok(()), |bias| expect_len(params, op, "bias", bias, v, "the rows of `weight`"))?;
     Ok(v)
 }
 

@@ -1,6 +1,6 @@
 //! Layer norm (Ba, Kiros and Hinton 2016); also the node that the RMS norm shares.
 
-use super::{GainAndBias, expect_shape, gain_and_bias, neutral};
+use super::{GainAndBias, check_gain_and_bias, gain_and_bias, neutral};
 use crate::ensure;
 use crate::error::Result;
 use crate::kernels::Beta;
@@ -36,11 +36,7 @@ pub(super) fn norm<T: Float>(
     let (rows, cols) = (tape.value(x)?.rows(), tape.value(x)?.cols());
     ensure!(cols > 0, Shape, "{op}: argument `x`: expected at least one column, got none");
     ensure!(eps >= 0.0 && eps.is_finite(), Config, "{op}: argument `eps`: expected a number from 0 up, got {eps}");
-    for (argument, id) in [("weight", weight), ("bias", bias)] {
-        if let Some(id) = id {
-            expect_shape(params, op, argument, id, &[cols])?;
-        }
-    }
+    check_gain_and_bias(params, op, (weight, bias), cols)?;
     let wanted = tape.wants(params, &[x], weight.as_slice()) || tape.wants(params, &[], bias.as_slice());
     let _timed = profile::forward(op, [cols, 0], || Work::passes::<T>(2, rows, cols));
     let neutral = neutral(&mut tape.pool, cols)?;

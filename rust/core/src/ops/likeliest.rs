@@ -7,7 +7,7 @@ use crate::kernels::Beta;
 use crate::kernels::gemm::{Mat, MatMut, NoEpilogue, gemm_serial};
 use crate::kernels::top_k::Entry;
 use crate::profile::{self, Work};
-use crate::simd::Float;
+use crate::simd::{Float, zeros};
 use crate::tape::{ParamId, Params, Tape, Var};
 use crate::threads::for_each;
 use std::cmp::Ordering;
@@ -71,7 +71,7 @@ fn outputs<T: Float>(
     ids: &[u32],
 ) -> Result<Vec<Entry<T>>> {
     let d = x.len();
-    let (mut w, mut y) = (vec![T::ZERO; ids.len() * d], vec![T::ZERO; ids.len()]);
+    let (mut w, mut y) = (zeros(ids.len() * d)?, zeros(ids.len())?);
     for (row, &id) in w.chunks_mut(d.max(1)).zip(ids) {
         params.row(weight, id as usize, row);
     }

@@ -1,7 +1,7 @@
 //! Affine maps.
 
 use super::residual::draw;
-use super::{Activation, activation, dropout, expect_shape};
+use super::{Activation, activation, dropout, expect_len};
 use crate::ensure;
 use crate::error::{Result, Shape};
 use crate::kernels::Beta;
@@ -135,7 +135,7 @@ pub(super) fn check<T: Float>(
         biases.len()
     );
     for (&b, &width) in biases.iter().zip(&widths) {
-        expect_shape(params, "linear", "bias", b, &[width])?;
+        expect_len(params, "linear", "bias", b, width, "the rows of its `weight`")?;
     }
     Ok(widths)
 }
@@ -184,7 +184,7 @@ impl<T: Float> Multiply<T> for OfCompact<'_, T> {
     }
 }
 
-/// y = dropout(f(x Wᵀ + b)): the one place where a weight meets a product going forward.
+/// y = dropout(f(x Wᵀ + b)): the one place where a weight in f32 meets a product going forward.
 pub(super) fn product<T: Float>(
     precision: Precision,
     y: &mut Tensor<T>,
@@ -514,7 +514,10 @@ mod tests {
         let mut error = |x, w: &[ParamId], b: &[ParamId]| linear(&mut tape, &params, x, w, b).unwrap_err().to_string();
         assert!(error(wide, &w, &b).contains("linear: argument `weight`: expected shape (out, 5)"));
         assert!(error(x, &w, &b[..1]).contains("`bias`: expected none or one for each of 2 weights, got 1"));
-        assert!(error(x, &w[..1], &b[1..]).contains("`bias`: expected shape (3,), got (2,)"));
+        assert!(
+            error(x, &w[..1], &b[1..])
+                .contains("`bias`: expected shape (3,), got (2,); it must fit the rows of its `weight`")
+        );
         assert!(error(x, &b[..1], &[]).contains("got (3,)"));
     }
 }

@@ -38,14 +38,21 @@ use crate::error::{Result, Shape};
 use crate::simd::Float;
 use crate::tape::{ParamId, Params, Pool, Tensor};
 
-/// Refuses a parameter of another shape than the operation needs.
-fn expect_shape<T: Float>(params: &Params<T>, op: &str, argument: &str, id: ParamId, shape: &[usize]) -> Result<()> {
+/// Refuses a vector of another length than the operation needs, which is that of what it must `fit`.
+fn expect_len<T: Float>(
+    params: &Params<T>,
+    op: &str,
+    argument: &str,
+    id: ParamId,
+    len: usize,
+    fit: &str,
+) -> Result<()> {
     let entry = params.layout().entry(id);
     ensure!(
-        entry.shape == shape,
+        entry.shape == [len],
         Shape,
-        "{op}: argument `{argument}`: expected shape {}, got {}; it must fit the last axis of `x`",
-        Shape(shape),
+        "{op}: argument `{argument}`: expected shape {}, got {}; it must fit {fit}",
+        Shape(&[len]),
         Shape(&entry.shape)
     );
     Ok(())
@@ -53,6 +60,14 @@ fn expect_shape<T: Float>(params: &Params<T>, op: &str, argument: &str, id: Para
 
 /// What a norm multiplies with and adds, one number a column.
 type GainAndBias = (Option<ParamId>, Option<ParamId>);
+
+/// Refuses a gain or a bias that is not one number a column.
+fn check_gain_and_bias<T: Float>(params: &Params<T>, op: &str, (gain, bias): GainAndBias, cols: usize) -> Result<()> {
+    for (argument, id) in [("weight", gain), ("bias", bias)] {
+        id.map_or(Ok(()), |id| expect_len(params, op, argument, id, cols, "the last axis of `x`"))?;
+    }
+    Ok(())
+}
 
 /// A row of ones and one of zeros, in the place of an absent gain and an absent bias.
 fn neutral<T: Float>(pool: &mut Pool<T>, cols: usize) -> Result<[Tensor<T>; 2]> {
