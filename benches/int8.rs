@@ -7,7 +7,7 @@ use numbers::numbers;
 use std::sync::Arc;
 use std::time::Duration;
 use transformer_core::kernels::activation::Gelu;
-use transformer_core::kernels::gemm::{Affine, Identity};
+use transformer_core::kernels::gemm::Affine;
 use transformer_core::kernels::int8::{Int8Rhs, product};
 
 /// Rows, outputs, depth.
@@ -31,9 +31,9 @@ fn int8(c: &mut Criterion) {
         let (x, bias, mut y) = (numbers(m * k, 1), numbers(n, 2), vec![0.0f32; m * n]);
         let weights = [Arc::new(Int8Rhs::quantize(&numbers(n * k, 3), n, k).unwrap())];
         group.throughput(Throughput::Elements((2 * m * n * k) as u64));
-        let plain = Affine { bias: Some(&bias[..]), activation: Identity, dropout: None, residual: None };
+        let plain = Affine::bias(Some(&bias[..]));
         group.bench_function(format!("{m}x{n}x{k}"), |b| b.iter(|| product(&mut y, &x, &weights, &plain).unwrap()));
-        let gelu = Affine { bias: Some(&bias[..]), activation: Gelu, dropout: None, residual: None };
+        let gelu = Affine { bias: Some(&bias[..]), activation: Gelu, dropout: None };
         group.bench_function(format!("{m}x{n}x{k} gelu"), |b| b.iter(|| product(&mut y, &x, &weights, &gelu).unwrap()));
     }
     group.finish();

@@ -1,7 +1,7 @@
 //! Pointwise nonlinearities and gates, with their derivatives.
 
 use super::lanes::map;
-use super::{gemm, task_len};
+use super::task_len;
 use crate::error::Result;
 use crate::kernel;
 use crate::simd::{Float, Simd, math};
@@ -17,11 +17,21 @@ pub trait Curve: Copy + Send + Sync + 'static {
     fn reference(x: f64) -> f64;
 }
 
-/// In the epilogue of a product.
-impl<T: Float, C: Curve> gemm::Activation<T> for C {
+/// x
+#[derive(Clone, Copy, Debug)]
+pub struct Identity;
+
+impl Curve for Identity {
     #[inline(always)]
-    fn apply<S: Simd<T>>(&self, s: S, x: S::V) -> S::V {
-        C::value(s, x)
+    fn value<T: Float, S: Simd<T>>(_: S, x: S::V) -> S::V {
+        x
+    }
+    #[inline(always)]
+    fn slope<T: Float, S: Simd<T>>(s: S, _: S::V) -> S::V {
+        s.splat(T::ONE)
+    }
+    fn reference(x: f64) -> f64 {
+        x
     }
 }
 
@@ -248,6 +258,7 @@ mod tests {
 
     #[test]
     fn every_curve_equals_its_reference() {
+        check_both(Identity);
         check_both(Relu);
         check_both(Gelu);
         check_both(GeluTanh);

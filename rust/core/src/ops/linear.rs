@@ -7,7 +7,7 @@ use crate::error::{Result, Shape};
 use crate::kernels::Beta;
 use crate::kernels::activation::{self as curves, relu_backward};
 use crate::kernels::elementwise::multiple;
-use crate::kernels::gemm::{self, Affine, Epilogue, Identity, Mat, MatMut, NoEpilogue, Precision, Rhs};
+use crate::kernels::gemm::{self, Affine, Epilogue, Mat, MatMut, NoEpilogue, Precision, Rhs};
 use crate::kernels::int8;
 use crate::kernels::reduce::{fold_partials, partial_rows, sum_blocks};
 use crate::profile::{self, Work};
@@ -210,17 +210,17 @@ fn finish<T: Float>(
     kind: Option<Activation>,
     dropout: Option<Dropout>,
 ) -> Result<()> {
-    fn run<T: Float, A: gemm::Activation<T>>(
+    fn run<T: Float, A: curves::Curve>(
         product: impl Multiply<T>,
         bias: Option<&[T]>,
         activation: A,
         dropout: Option<Dropout>,
     ) -> Result<()> {
-        product.by(&Affine { bias, activation, dropout, residual: None })
+        product.by(&Affine { bias, activation, dropout })
     }
     match kind {
         None if bias.is_none() && dropout.is_none() => product.by(&NoEpilogue),
-        None => run(product, bias, Identity, dropout),
+        None => run(product, bias, curves::Identity, dropout),
         Some(Activation::Relu) => run(product, bias, curves::Relu, dropout),
         Some(Activation::Gelu) => run(product, bias, curves::Gelu, dropout),
         Some(Activation::GeluTanh) => run(product, bias, curves::GeluTanh, dropout),

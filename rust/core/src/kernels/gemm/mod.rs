@@ -27,7 +27,7 @@ mod tests;
 
 pub use super::Beta;
 pub use bf16::{Bf16Rhs, product_bf16};
-pub use epilogue::{Activation, Affine, Epilogue, Identity, NoEpilogue};
+pub use epilogue::{Affine, Epilogue, NoEpilogue};
 pub use form::Precision;
 pub use mat::{Mat, MatMut};
 
@@ -266,7 +266,7 @@ fn check<T: Float, E: Epilogue<T>>(
     let (m, depth) = a.shape();
     ensure!(depth == b_rows, Shape, "gemm: A is {m} x {depth}, so B needs {depth} rows; it is {b_rows} x {n}");
     ensure!((c.rows, c.cols) == (m, n), Shape, "gemm: C must be {m} x {n}, it is {} x {}", c.rows, c.cols);
-    epilogue.check(m, n)?;
+    epilogue.check(n)?;
     Ok((m, n, depth))
 }
 

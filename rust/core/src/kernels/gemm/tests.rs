@@ -3,6 +3,7 @@
 use super::plan::{SLAB_B, SLAB_COLS, SLAB_ROWS, TASK_COLS, TASK_ROWS};
 use super::tile::KC;
 use super::*;
+use crate::kernels::activation::Curve;
 use crate::rng::{Dropout, Key};
 use crate::simd::{Isa, Simd, isa, keep_scalar};
 use crate::threads::with_local_limit;
@@ -230,18 +231,24 @@ fn any_number_of_threads() {
 #[derive(Clone, Copy)]
 struct Square;
 
-impl<T: Float> Activation<T> for Square {
+impl Curve for Square {
     #[inline(always)]
-    fn apply<S: Simd<T>>(&self, s: S, x: S::V) -> S::V {
+    fn value<T: Float, S: Simd<T>>(s: S, x: S::V) -> S::V {
         s.mul(x, x)
+    }
+    #[inline(always)]
+    fn slope<T: Float, S: Simd<T>>(s: S, x: S::V) -> S::V {
+        s.add(x, x)
+    }
+    fn reference(x: f64) -> f64 {
+        x * x
     }
 }
 
 fn epilogues_match<T: Float>(m: usize, n: usize, k: usize) {
-    let (mut a, mut b, mut r) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut a, mut b) = (Vec::new(), Vec::new());
     let a = view::<T>(&mut a, m, k, 0, 10);
     let b = view::<T>(&mut b, k, n, 1, 11);
-    let residual = view::<T>(&mut r, m, n, 2, 12);
     let bias: Vec<T> = numbers(n, 13);
     let run = |epilogue: &dyn Fn(MatMut<T>) -> Result<()>| {
         let mut c = vec![T::ONE; m * n];
@@ -250,16 +257,16 @@ fn epilogues_match<T: Float>(m: usize, n: usize, k: usize) {
     };
     for beta in [Beta::Assign, Beta::Add] {
         let plain = run(&|c| gemm(c, a, b, beta, &NoEpilogue));
-        let biased = run(&|c| gemm(c, a, b, beta, &Affine::bias(&bias)));
+        let biased = run(&|c| gemm(c, a, b, beta, &Affine::bias(Some(&bias))));
         let dropout = Dropout::new(Key::new(3), 0.25);
-        let all = Affine { bias: Some(&bias), activation: Square, dropout: Some(dropout), residual: Some(residual) };
+        let all = Affine { bias: Some(&bias), activation: Square, dropout: Some(dropout) };
         let all = run(&|c| gemm(c, a, b, beta, &all));
         for i in 0..m * n {
             let x = plain[i] + bias[i % n];
             assert_eq!(biased[i], x);
             let kept = keep_scalar(dropout.row(i / n), (i % n) as u32, dropout.threshold);
             let y = if kept { T::from_f64(dropout.scale) * (x * x) } else { T::ZERO };
-            assert_eq!(all[i], residual.at(i / n, i % n) + y);
+            assert_eq!(all[i], y);
         }
     }
 }
@@ -288,7 +295,7 @@ fn wrong_shapes_are_errors() {
     assert!(matches!(try_shape(2, 3, a.t()), Err(Error::Shape(_))));
     assert!(try_shape(3, 3, a.t()).is_ok());
     let c = MatMut::new(&mut out, 3, 3).unwrap();
-    let error = gemm(c, a, a.t(), Beta::Assign, &Affine::bias(&data[..4])).unwrap_err();
+    let error = gemm(c, a, a.t(), Beta::Assign, &Affine::bias(Some(&data[..4]))).unwrap_err();
     assert!(matches!(error, Error::Shape(text) if text.contains("bias")));
 }
 
@@ -381,7 +388,7 @@ fn bf16_has_epilogues() {
             let out = MatMut::new(&mut plain, m, n).unwrap();
             gemm_with(Precision::Bf16, out, a, b, beta, &NoEpilogue).unwrap();
             let out = MatMut::new(&mut biased, m, n).unwrap();
-            gemm_with(Precision::Bf16, out, a, b, beta, &Affine::bias(&bias)).unwrap();
+            gemm_with(Precision::Bf16, out, a, b, beta, &Affine::bias(Some(&bias))).unwrap();
             assert!(biased.iter().zip(&plain).enumerate().all(|(at, (y, x))| *y == x + bias[at % n]), "{m} {n} {k}");
         }
     }
@@ -425,8 +432,8 @@ fn a_weight_kept_in_bf16_is_a_rounded_one_bit_for_bit() {
             with_local_limit(threads, || {
                 let (x, w) = (Mat::new(&x, rows, depth).unwrap(), Mat::new(&rounded, n, depth).unwrap());
                 let out = MatMut::new(&mut expected, rows, n).unwrap();
-                gemm(out, x, w.t(), Beta::Assign, &Affine::bias(&bias)).unwrap();
-                product_bf16(&mut got, x.data, &kept, &Affine::bias(&bias)).unwrap();
+                gemm(out, x, w.t(), Beta::Assign, &Affine::bias(Some(&bias))).unwrap();
+                product_bf16(&mut got, x.data, &kept, &Affine::bias(Some(&bias))).unwrap();
             });
             assert!(got == expected, "{rows} x {widths:?} x {depth}, {} threads {threads}", T::NAME);
         }

@@ -71,7 +71,7 @@ pub fn product<T: Float, E: Epilogue<T>>(y: &mut [T], x: &[T], weights: &[Arc<In
         x.len(),
         y.len()
     );
-    epilogue.check(rows, outputs)?;
+    epilogue.check(outputs)?;
     if rows == 0 {
         return Ok(());
     }

@@ -11,7 +11,7 @@
 use super::{Int8Rhs, product, quantize_rows};
 use crate::error::{Error, Result};
 use crate::kernel;
-use crate::kernels::gemm::{Affine, Identity};
+use crate::kernels::gemm::Affine;
 use crate::kernels::lanes::largest;
 use crate::simd::Float;
 use crate::threads::{for_each, rows_per_task};
@@ -95,7 +95,7 @@ impl<T: Float> Shortlist<T> {
 
     /// y (R, O) = x̂ ŵᵀ + b, for [`Shortlist::likely`].
     pub fn product(&self, y: &mut [T], x: &[T], bias: Option<&[T]>) -> Result<()> {
-        product(y, x, &self.weight, &Affine { bias, activation: Identity, dropout: None, residual: None })
+        product(y, x, &self.weight, &Affine::bias(bias))
     }
 
     /// The outputs of one row, ids going up, that may be among the `k` largest of those that are not `forbidden`: x (K,) and
@@ -191,7 +191,7 @@ mod tests {
         let mut exact = vec![T::ZERO; rows * outputs];
         let (c, a) = (MatMut::new(&mut exact, rows, outputs).unwrap(), Mat::new(x, rows, depth).unwrap());
         let b = Mat::new(w, outputs, depth).unwrap().t();
-        gemm(c, a, b, Beta::Assign, &Affine { bias, activation: Identity, dropout: None, residual: None }).unwrap();
+        gemm(c, a, b, Beta::Assign, &Affine::bias(bias)).unwrap();
         let shortlist = Shortlist::new(w, bias, outputs, depth).unwrap().unwrap();
         let mut y = vec![T::NAN; rows * outputs];
         shortlist.product(&mut y, x, bias).unwrap();

@@ -1,6 +1,6 @@
 //! Int8 against plain loops, on every path of the machine, and the promises about bits.
 
-use super::super::gemm::{Affine, Identity, NoEpilogue};
+use super::super::gemm::{Affine, NoEpilogue};
 use super::*;
 use crate::kernels::testing::normal;
 use crate::threads::with_local_limit;
@@ -89,7 +89,7 @@ fn whole_numbers_up_to_127_are_exact_in_both_types_with_an_epilogue() {
         let packed = [Arc::new(Int8Rhs::quantize(&numbers(&w), outputs, depth).unwrap())];
         let bias: Vec<i32> = (0..outputs as i32).collect();
         let mut y = vec![T::NAN; rows * outputs];
-        product(&mut y, &numbers(&x), &packed, &Affine::bias(&numbers(&bias))).unwrap();
+        product(&mut y, &numbers(&x), &packed, &Affine::bias(Some(&numbers(&bias)))).unwrap();
         let dot = |x: &[i32], w: &[i32]| -> i32 { x.iter().zip(w).map(|(x, w)| x * w).sum() };
         let row = |x| w.chunks(depth).zip(&bias).map(move |(w, b)| dot(x, w) + b);
         assert!(y == numbers(&x.chunks(depth).flat_map(row).collect::<Vec<_>>()));
@@ -123,7 +123,7 @@ fn a_row_has_the_same_bits_alone_in_a_batch_and_on_any_threads() {
     let x: Vec<f32> = normal(rows * depth, 1);
     let packed = [Arc::new(Int8Rhs::quantize(&normal::<f32>(outputs * depth, 2), outputs, depth).unwrap())];
     let bias: Vec<f32> = normal(outputs, 3);
-    let epilogue = Affine { bias: Some(&bias), activation: Identity, dropout: None, residual: None };
+    let epilogue = Affine::bias(Some(&bias[..]));
     let run = |x: &[f32]| {
         let mut y = vec![f32::NAN; x.len() / depth * outputs];
         product(&mut y, x, &packed, &epilogue).unwrap();
@@ -150,13 +150,13 @@ fn weights_that_stand_side_by_side_are_those_alone() {
             for (rows, threads) in [(1, 1), (9, 1), (9, 3), (300, 2)] {
                 let mut together = vec![f32::NAN; rows * outputs];
                 let x = &x[..rows * depth];
-                let all = || product(&mut together, x, &parts, &Affine::bias(&bias));
+                let all = || product(&mut together, x, &parts, &Affine::bias(Some(&bias)));
                 with_local_limit(threads, all).unwrap();
                 let mut first = 0;
                 for w in &parts {
                     let mut y = vec![f32::NAN; rows * w.outputs];
                     let bias = &bias[first..first + w.outputs];
-                    product(&mut y, x, std::slice::from_ref(w), &Affine::bias(bias)).unwrap();
+                    product(&mut y, x, std::slice::from_ref(w), &Affine::bias(Some(bias))).unwrap();
                     for (y, row) in y.chunks(w.outputs).zip(together.chunks(outputs)) {
                         assert_eq!(*y, row[first..first + w.outputs], "{bytes:?}: {widths:?}, {rows} rows");
                     }
