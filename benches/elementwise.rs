@@ -12,7 +12,9 @@ use transformer_core::kernels::dropout::dropout_rows;
 use transformer_core::kernels::elementwise::add_into;
 use transformer_core::kernels::norm::{Norm, norm_backward, norm_forward};
 use transformer_core::kernels::reduce::{fold_partials, partial_rows, sum_blocks, sum_of_squares};
-use transformer_core::kernels::softmax::{RowLoss, cross_entropy_rows, softmax_backward, softmax_forward};
+use transformer_core::kernels::softmax::{
+    RowLoss, cross_entropy_rows, cross_entropy_rows_backward, softmax_backward, softmax_forward,
+};
 use transformer_core::rng::{Dropout, Key};
 use transformer_core::threads::section;
 
@@ -62,10 +64,13 @@ fn elementwise(c: &mut Criterion) {
     }
     let (rows, cols) = LOGITS;
     let (mut logits, mut losses) = (numbers(rows * cols, 8), vec![RowLoss::default(); rows]);
-    let targets: Vec<u32> = (0..rows as u32).collect();
-    for (name, passes, gradient) in [("cross-entropy", 1, None), ("cross-entropy and gradient", 2, Some(1.0))] {
+    let (targets, dloss): (Vec<u32>, _) = ((0..rows as u32).collect(), vec![1.0; rows]);
+    for (name, passes, gradient) in [("cross-entropy", 1, false), ("cross-entropy and gradient", 2, true)] {
         group.throughput(Throughput::Bytes((passes * rows * cols * 4) as u64));
-        let mut job = || cross_entropy_rows(&mut losses, &mut logits, &targets, cols, 0.1, gradient).unwrap();
+        let mut job = || match gradient {
+            true => cross_entropy_rows_backward(&mut losses, &mut logits, &targets, cols, 0.1, &dloss).unwrap(),
+            false => cross_entropy_rows(&mut losses, &logits, &targets, cols, 0.1).unwrap(),
+        };
         let name = format!("{name}/{rows}x{cols}");
         section(None, || Ok(_ = group.bench_function(name, |b| b.iter(&mut job)))).unwrap();
     }

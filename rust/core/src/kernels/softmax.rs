@@ -24,20 +24,23 @@ pub struct LogSumExp<T> {
     pub log: T,
 }
 
-impl<T: Float> LogSumExp<T> {
-    /// The logarithm of softmax at an element x of the row.
-    pub fn log_probability(&self, x: T) -> T {
-        (x - self.max) - self.log
-    }
-
+/// What is learnt of a whole row.
+pub trait Survey<T: Float> {
     /// Of no numbers.
-    pub(super) fn empty() -> Self {
+    fn empty() -> Self;
+    /// Takes in the next block of the row; returns the block's largest number. `#[inline(always)]`.
+    fn add<S: Simd<T>>(&mut self, s: S, block: &[T]) -> T;
+    /// All blocks are in.
+    fn finish(self) -> Self;
+}
+
+impl<T: Float> Survey<T> for LogSumExp<T> {
+    fn empty() -> Self {
         LogSumExp { max: T::NEG_INFINITY, sum: T::ZERO, log: T::NEG_INFINITY }
     }
 
-    /// Takes in the next block of the row; returns the block's largest number.
     #[inline(always)]
-    pub(super) fn add<S: Simd<T>>(&mut self, s: S, block: &[T]) -> T {
+    fn add<S: Simd<T>>(&mut self, s: S, block: &[T]) -> T {
         let highest = largest(s, block);
         self.raise(
             highest,
@@ -45,6 +48,17 @@ impl<T: Float> LogSumExp<T> {
             |at| sums(s, [block], power(s, at)),
         );
         highest
+    }
+
+    fn finish(self) -> Self {
+        LogSumExp { log: self.sum.ln(), ..self }
+    }
+}
+
+impl<T: Float> LogSumExp<T> {
+    /// The logarithm of softmax at an element x of the row.
+    pub fn log_probability(&self, x: T) -> T {
+        (x - self.max) - self.log
     }
 
     /// Raises the maximum to `highest`, that of a block, and adds the first of the block's sums. They are made from what
@@ -70,11 +84,6 @@ impl<T: Float> LogSumExp<T> {
     fn factor(&self, max: T) -> T {
         let rise = if max == self.max { T::ONE } else { (max - self.max).exp() };
         rise / self.sum
-    }
-
-    /// All blocks are in.
-    pub(super) fn finish(self) -> Self {
-        LogSumExp { log: self.sum.ln(), ..self }
     }
 
     #[inline(always)]
@@ -155,75 +164,126 @@ pub struct RowLoss {
     pub nll: f64,
 }
 
+/// A row of logits whose loss is being taken.
+struct Loss<T> {
+    lse: LogSumExp<T>,
+    /// Σ (x − max) over the numbers seen so far, and how many they are.
+    below: f64,
+    seen: f64,
+}
+
+impl<T: Float> Loss<T> {
+    fn empty() -> Self {
+        Loss { lse: LogSumExp::empty(), below: 0.0, seen: 0.0 }
+    }
+
+    /// Takes in a block of `len` numbers, the largest `highest`, of which `sums` makes Σ e^(x − at) and Σ (x − at).
+    #[inline(always)]
+    fn add(&mut self, len: usize, highest: T, sums: impl FnOnce(T) -> [T; 2]) {
+        let before = self.lse.shift().to_f64();
+        let [_, here] = self.lse.raise(highest, sums);
+        self.below += self.seen * (before - self.lse.shift().to_f64()) + here.to_f64();
+        self.seen += len as f64;
+    }
+
+    /// All blocks are in.
+    #[inline(always)]
+    fn finish(self, of_target: T, smoothing: f64) -> (LogSumExp<T>, RowLoss) {
+        let lse = self.lse.finish();
+        let nll = -lse.log_probability(of_target).to_f64();
+        let mut smoothed = nll;
+        if smoothing > 0.0 {
+            // Σ −log p = V · log − Σ (x − max)
+            let uniform = lse.log.to_f64() - self.below / self.seen;
+            smoothed = (1.0 - smoothing) * nll + smoothing * uniform;
+        }
+        (lse, RowLoss { smoothed, nll })
+    }
+}
+
 /// The loss of rows of logits against their targets, with label smoothing ε uniform over the vocabulary
-/// (Szegedy and others 2016). With `dloss`, the gradient of the summed loss, the logits are replaced by theirs:
-/// dloss · (softmax − (1 − ε) · onehot(target) − ε / V). Rows whose target is [`IGNORE`] get zeros.
+/// (Szegedy and others 2016). It is 0 where the target is [`IGNORE`].
 pub fn cross_entropy_rows<T: Float>(
+    losses: &mut [RowLoss],
+    logits: &[T],
+    targets: &[u32],
+    cols: usize,
+    smoothing: f64,
+) -> Result<()> {
+    kernel! {
+        fn row<'a, T>(s: S; logits: &'a [T], target: usize, smoothing: f64) -> RowLoss {
+            let mut loss = Loss::empty();
+            for block in logits.chunks(BLOCK) {
+                loss.add(block.len(), largest(s, block), #[inline(always)] |at| {
+                    let (power, at) = (power(s, at), s.splat(at));
+                    sums(s, [block], #[inline(always)] |[x]| [power([x])[0], s.sub(x, at)])
+                });
+            }
+            loss.finish(logits[target], smoothing).1
+        }
+    }
+    let n = task_len(cols);
+    let rows = n / cols.max(1);
+    for_each(losses.chunks_mut(rows).zip(logits.chunks(n)).zip(targets.chunks(rows)), |((losses, logits), targets)| {
+        for ((loss, logits), &target) in losses.iter_mut().zip(logits.chunks(cols)).zip(targets) {
+            *loss = match target {
+                IGNORE => RowLoss::default(),
+                target => row(logits, target as usize, smoothing),
+            };
+        }
+    })
+}
+
+/// The same, and the logits are replaced by their gradients: dloss · (softmax − (1 − ε) · onehot(target) − ε / V), with the
+/// `dloss` of each row; zeros where the target is [`IGNORE`].
+pub fn cross_entropy_rows_backward<T: Float>(
     losses: &mut [RowLoss],
     logits: &mut [T],
     targets: &[u32],
     cols: usize,
     smoothing: f64,
-    dloss: Option<T>,
+    dloss: &[T],
 ) -> Result<()> {
     kernel! {
         // `maxima` is room for one number per block.
         fn row<'a, T>(
-            s: S; logits: &'a mut [T], maxima: &'a mut Vec<T>, target: usize, smoothing: f64, dloss: Option<T>,
+            s: S; logits: &'a mut [T], maxima: &'a mut Vec<T>, target: usize, smoothing: f64, dloss: T,
         ) -> RowLoss {
             let (v, of_target) = (logits.len() as f64, logits[target]);
-            // Σ (x − max) over the numbers seen so far.
-            let (mut lse, mut below, mut seen) = (LogSumExp::<T>::empty(), 0.0, 0.0);
+            let mut loss = Loss::empty();
             maxima.clear();
             for block in logits.chunks_mut(BLOCK) {
-                let (before, n) = (lse.shift().to_f64(), block.len() as f64);
-                let [_, here] = lse.raise(largest(s, block), #[inline(always)] |at| {
+                loss.add(block.len(), largest(s, block), #[inline(always)] |at| {
                     let (power, at) = (power(s, at), s.splat(at));
-                    if dloss.is_some() {
-                        sweep(s, [block], [], #[inline(always)] |_, [x], []| {
-                            let [e] = power([x]);
-                            ([e], [e, s.sub(x, at)])
-                        })
-                    } else {
-                        sums(s, [block], #[inline(always)] |[x]| [power([x])[0], s.sub(x, at)])
-                    }
+                    sweep(s, [block], [], #[inline(always)] |_, [x], []| {
+                        let [e] = power([x]);
+                        ([e], [e, s.sub(x, at)])
+                    })
                 });
-                below += seen * (before - lse.shift().to_f64()) + here.to_f64();
-                seen += n;
-                maxima.push(lse.max);
+                maxima.push(loss.lse.max);
             }
-            let lse = lse.finish();
-            let nll = -lse.log_probability(of_target).to_f64();
-            let mut smoothed = nll;
-            if smoothing > 0.0 {
-                // Σ −log p = V · log − Σ (x − max)
-                let uniform = lse.log.to_f64() - below / v;
-                smoothed = (1.0 - smoothing) * nll + smoothing * uniform;
+            let (lse, loss) = loss.finish(of_target, smoothing);
+            let share = s.splat(-dloss * T::from_f64(smoothing / v));
+            for (block, &max) in logits.chunks_mut(BLOCK).zip(&*maxima) {
+                let factor = s.splat(dloss * lse.factor(max));
+                map(s, [block], [], #[inline(always)] |[e], []| [s.mul_add(e, factor, share)]);
             }
-            if let Some(dloss) = dloss {
-                let share = s.splat(-dloss * T::from_f64(smoothing / v));
-                for (block, &max) in logits.chunks_mut(BLOCK).zip(&*maxima) {
-                    let factor = s.splat(dloss * lse.factor(max));
-                    map(s, [block], [], #[inline(always)] |[e], []| [s.mul_add(e, factor, share)]);
-                }
-                logits[target] -= dloss * T::from_f64(1.0 - smoothing);
-            }
-            RowLoss { smoothed, nll }
+            logits[target] -= dloss * T::from_f64(1.0 - smoothing);
+            loss
         }
     }
     let n = task_len(cols);
     let rows = n / cols.max(1);
-    let tasks = losses.chunks_mut(rows).zip(logits.chunks_mut(n)).zip(targets.chunks(rows));
-    for_each(tasks, |((losses, logits), targets)| {
+    let tasks = losses.chunks_mut(rows).zip(logits.chunks_mut(n)).zip(targets.chunks(rows).zip(dloss.chunks(rows)));
+    for_each(tasks, |((losses, logits), (targets, dloss))| {
         let mut maxima = Vec::new();
-        for ((loss, logits), &target) in losses.iter_mut().zip(logits.chunks_mut(cols)).zip(targets) {
+        let rows = losses.iter_mut().zip(logits.chunks_mut(cols)).zip(targets.iter().zip(dloss));
+        for ((loss, logits), (&target, &dloss)) in rows {
             if target != IGNORE {
                 *loss = row(logits, &mut maxima, target as usize, smoothing, dloss);
             } else {
                 *loss = RowLoss::default();
-                if dloss.is_some() {
-                    logits.fill(T::ZERO);
-                }
+                logits.fill(T::ZERO);
             }
         }
     })
@@ -290,7 +350,11 @@ mod tests {
         for smoothing in [0.0, 0.1] {
             let mut losses = vec![RowLoss { smoothed: f64::NAN, nll: f64::NAN }; rows];
             let mut gradient = x.clone();
-            cross_entropy_rows(&mut losses, &mut gradient, &targets, cols, smoothing, Some(T::from_f64(2.0))).unwrap();
+            let dloss: Vec<T> = (0..rows).map(|r| T::from_f64(1.0 + r as f64)).collect();
+            cross_entropy_rows_backward(&mut losses, &mut gradient, &targets, cols, smoothing, &dloss).unwrap();
+            let mut again = vec![RowLoss { smoothed: f64::NAN, nll: f64::NAN }; rows];
+            cross_entropy_rows(&mut again, &x, &targets, cols, smoothing).unwrap();
+            assert_eq!(again, losses);
             for r in 0..rows {
                 let row = r * cols..(r + 1) * cols;
                 if targets[r] == IGNORE {
@@ -308,8 +372,8 @@ mod tests {
                 assert!((losses[r].smoothed - smoothed).abs() < 10.0 * tolerance, "{:?} {smoothed}", losses[r]);
                 for (c, g) in gradient[row.clone()].iter().enumerate() {
                     let one_hot = if c == target { 1.0 - smoothing } else { 0.0 };
-                    let expected = 2.0 * (expected[row.start + c].to_f64() - one_hot - smoothing / cols as f64);
-                    assert!((g.to_f64() - expected).abs() < 10.0 * tolerance);
+                    let unit = expected[row.start + c].to_f64() - one_hot - smoothing / cols as f64;
+                    assert!((g.to_f64() - dloss[r].to_f64() * unit).abs() < 10.0 * tolerance);
                 }
             }
         }

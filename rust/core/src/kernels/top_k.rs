@@ -2,7 +2,8 @@
 //! denominator.
 
 use super::lanes::largest;
-use super::softmax::{BLOCK, LogSumExp};
+use super::softmax::BLOCK;
+pub use super::softmax::Survey;
 use crate::kernel;
 use crate::simd::{Float, Simd};
 
@@ -20,33 +21,7 @@ impl<T: Float> Entry<T> {
     pub const NONE: Self = Entry { id: u32::MAX, value: T::NEG_INFINITY };
 }
 
-/// What is learnt of a whole row.
-pub trait Survey<T: Float> {
-    /// Of no numbers.
-    fn empty() -> Self;
-    /// Takes in the next block of the row; returns the block's largest number. `#[inline(always)]`.
-    fn add<S: Simd<T>>(&mut self, s: S, block: &[T]) -> T;
-    /// All blocks are in.
-    fn finish(self) -> Self;
-}
-
-/// ln Σ eˣ, with the bits of [`super::softmax::log_sum_exp`].
-impl<T: Float> Survey<T> for LogSumExp<T> {
-    fn empty() -> Self {
-        LogSumExp::empty()
-    }
-
-    #[inline(always)]
-    fn add<S: Simd<T>>(&mut self, s: S, block: &[T]) -> T {
-        LogSumExp::add(self, s, block)
-    }
-
-    fn finish(self) -> Self {
-        LogSumExp::finish(self)
-    }
-}
-
-/// Whether that logarithm is finite: no number is NaN, and the largest is finite.
+/// Whether the logarithm of softmax's denominator is finite: no number is NaN, and the largest is finite.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Finite<T> {
     largest: T,
@@ -147,7 +122,7 @@ pub fn top_k_reference<T: Float>(best: &mut [Entry<T>], row: &[T], edits: &[(u32
 
 #[cfg(test)]
 mod tests {
-    use super::super::softmax::log_sum_exp;
+    use super::super::softmax::{LogSumExp, log_sum_exp};
     use super::*;
     use crate::rng::Key;
 

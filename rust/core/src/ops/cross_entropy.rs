@@ -1,14 +1,14 @@
-//! Cross-entropy with label smoothing, alone and fused with the projection that makes the logits.
+//! Cross-entropy with label smoothing, summed or of each row, alone and fused with the projection that makes the logits.
 
 use super::embedding::check_ids;
 use super::expect_len;
 use super::linear::{column_sums, matrix, product, product_compact, product_dw, product_dx, transposed};
 use crate::error::{Result, Shape};
 use crate::kernels::Beta;
-use crate::kernels::elementwise::{multiple, scale_assign};
+use crate::kernels::elementwise::{copy, multiple, scale_assign};
 use crate::kernels::gemm::Mat;
 use crate::kernels::reduce::sum;
-use crate::kernels::softmax::{RowLoss, cross_entropy_rows, log_probabilities};
+use crate::kernels::softmax::{RowLoss, cross_entropy_rows, cross_entropy_rows_backward, log_probabilities};
 use crate::profile::{self, Work};
 use crate::simd::Float;
 use crate::tape::{Backward, Operation, ParamId, Params, Stored, Tape, Tensor, Var};
@@ -40,7 +40,7 @@ impl CrossEntropy {
     }
 }
 
-pub(super) fn check(op: &str, rows: usize, targets: &[u32], vocabulary: usize, smoothing: f64) -> Result<()> {
+fn check(op: &str, rows: usize, targets: &[u32], vocabulary: usize, smoothing: f64) -> Result<()> {
     ensure!(
         targets.len() == rows,
         Shape,
@@ -64,25 +64,51 @@ pub fn cross_entropy<T: Float>(
     targets: &[u32],
     smoothing: f64,
 ) -> Result<CrossEntropy> {
-    let (rows, v) = (tape.value(logits)?.rows(), tape.value(logits)?.cols());
-    check("cross_entropy", rows, targets, v, smoothing)?;
-    let _timed = profile::forward("cross_entropy", [v, 0], || Work::passes::<T>(2, rows, v));
-    let mut losses = vec![RowLoss::default(); rows];
-    let mut scratch = tape.pool.tensor(rows, v)?;
-    scratch.copy_from_slice(tape.value(logits)?);
-    cross_entropy_rows(&mut losses, &mut scratch, targets, v, smoothing, None)?;
-    tape.pool.recycle(scratch);
-    let wanted = tape.wants_any(&[logits]);
+    let name = "cross_entropy";
+    let losses = losses(name, tape, logits, targets, smoothing)?;
     let counted: Vec<_> =
         losses.into_iter().zip(targets).filter(|&(_, &t)| t != IGNORE).map(|(loss, _)| loss).collect();
+    let wanted = tape.wants_any(&[logits]);
     let result = CrossEntropy::of(tape, &counted, wanted)?;
     if wanted {
-        tape.record(result.loss, &[logits], OfLogits { logits, targets: targets.into(), smoothing });
+        tape.record(result.loss, &[logits], OfLogits { name, logits, targets: targets.into(), smoothing });
     }
     Ok(result)
 }
 
+/// The losses (R, 1) of logits (R, V) against one target per row; 0 where it is [`IGNORE`]. Their sum is the loss of
+/// [`cross_entropy`].
+pub fn token_losses<T: Float>(tape: &mut Tape<T>, logits: Var, targets: &[u32], smoothing: f64) -> Result<Var> {
+    let name = "token_losses";
+    let losses = losses(name, tape, logits, targets, smoothing)?;
+    let mut y = tape.pool.tensor(losses.len(), 1)?;
+    y.iter_mut().zip(&losses).for_each(|(y, loss)| *y = T::from_f64(loss.smoothed));
+    let wanted = tape.wants_any(&[logits]);
+    let y = tape.push(y, wanted);
+    if wanted {
+        tape.record(y, &[logits], OfLogits { name, logits, targets: targets.into(), smoothing });
+    }
+    Ok(y)
+}
+
+fn losses<T: Float>(
+    name: &'static str,
+    tape: &Tape<T>,
+    logits: Var,
+    targets: &[u32],
+    smoothing: f64,
+) -> Result<Vec<RowLoss>> {
+    let logits = tape.value(logits)?;
+    let (rows, v) = (logits.rows(), logits.cols());
+    check("cross_entropy", rows, targets, v, smoothing)?;
+    let _timed = profile::forward(name, [v, 0], || Work::passes::<T>(1, rows, v));
+    let mut losses = vec![RowLoss::default(); rows];
+    cross_entropy_rows(&mut losses, logits, targets, v, smoothing)?;
+    Ok(losses)
+}
+
 struct OfLogits {
+    name: &'static str,
     logits: Var,
     targets: Box<[u32]>,
     smoothing: f64,
@@ -90,18 +116,20 @@ struct OfLogits {
 
 impl<T: Float> Operation<T> for OfLogits {
     fn name(&self) -> &'static str {
-        "cross_entropy"
+        self.name
     }
 
     fn backward(self: Box<Self>, cx: &mut Backward<'_, T>, dloss: Tensor<T>) -> Result<()> {
         let logits = cx.value(self.logits)?;
         let (rows, v) = (logits.rows(), logits.cols());
-        let _timed = profile::backward("cross_entropy", [v, 0], || Work::passes::<T>(2, rows, v));
-        let mut dlogits = cx.pool.tensor(logits.rows(), logits.cols())?;
-        dlogits.copy_from_slice(logits);
-        let mut losses = vec![RowLoss::default(); logits.rows()];
-        let scale = Some(dloss[0]);
-        cross_entropy_rows(&mut losses, &mut dlogits, &self.targets, logits.cols(), self.smoothing, scale)?;
+        let _timed = profile::backward(self.name, [v, 0], || Work::passes::<T>(2, rows, v));
+        let mut dlogits = cx.pool.tensor(rows, v)?;
+        copy(&mut dlogits, logits)?;
+        // One for each row, or for the sum of all.
+        let each = if dloss.len() == rows { dloss.to_vec() } else { vec![dloss[0]; rows] };
+        let mut losses = vec![RowLoss::default(); rows];
+        // dlogits = dloss · (softmax − (1 − ε) · onehot(target) − ε / V)
+        cross_entropy_rows_backward(&mut losses, &mut dlogits, &self.targets, v, self.smoothing, &each)?;
         cx.pool.recycle(dloss);
         cx.give(self.logits, dlogits)
     }
@@ -168,14 +196,8 @@ pub fn linear_cross_entropy<T: Float>(
         bias.is_some_and(|bias| tape.wants(params, &[], &[bias])),
     ];
     let wanted = wants.contains(&true);
-    let [mut dx, mut dw, mut db] = [None, None, None];
-    for (gradient, (wants, (rows, cols))) in
-        [&mut dx, &mut dw, &mut db].into_iter().zip(wants.into_iter().zip([(rows, d), (v, d), (1, v)]))
-    {
-        if wants {
-            *gradient = Some(tape.pool.tensor(rows, cols)?);
-        }
-    }
+    let mut gradient = |i: usize, rows, cols| wants[i].then(|| tape.pool.tensor(rows, cols)).transpose();
+    let (mut dx, mut dw, mut db) = (gradient(0, rows, d)?, gradient(1, v, d)?, gradient(2, 1, v)?);
     if !all && let Some(dx) = &mut dx {
         dx.fill(T::ZERO);
     }
@@ -198,8 +220,10 @@ pub fn linear_cross_entropy<T: Float>(
         let x = if all { Mat::new(&x[counted[0] * d..], n, d)? } else { Mat::new(&gathered, n, d)? };
         profile::part("logits", [d, v], || Work::product::<T>(n, d, v))
             .run(|| product(precision, &mut logits, x, transposed(w, v, d)?, b, None, None))?;
-        profile::part("softmax", [v, 0], || Work::passes::<T>(1 + usize::from(wanted), n, v))
-            .run(|| cross_entropy_rows(losses, &mut logits, &targets, v, smoothing, wanted.then_some(T::ONE)))?;
+        profile::part("softmax", [v, 0], || Work::passes::<T>(1 + usize::from(wanted), n, v)).run(|| match wanted {
+            true => cross_entropy_rows_backward(losses, &mut logits, &targets, v, smoothing, &vec![T::ONE; n]),
+            false => cross_entropy_rows(losses, &logits, &targets, v, smoothing),
+        })?;
         let dlogits = &logits;
         if let Some(dw) = &mut dw {
             product_dw(precision, dw, beta, matrix(dlogits)?, x)?;
@@ -421,5 +445,28 @@ mod tests {
         };
         assert!(error(ids[0], Some(ids[1])).contains("`bias`: expected shape (7,), got (6,)"));
         assert!(error(ids[1], None).contains("`weight`: expected a matrix"));
+    }
+
+    const EACH: [u32; 5] = [3, 0, IGNORE, 6, 2];
+
+    #[test]
+    fn gradients_of_each_loss_equal_differences() {
+        let (params, _) = testing::params(&[]);
+        for smoothing in [0.0, 0.1] {
+            gradcheck(&params, &[testing::normal(5, 7, 1)], None, |tape, _, x| {
+                token_losses(tape, x[0], &EACH, smoothing)
+            })
+            .unwrap();
+        }
+    }
+
+    #[test]
+    fn each_loss_is_a_part_of_the_sum_and_zero_where_ignored() {
+        let mut tape = Tape::<f64>::evaluation(Pool::default());
+        let logits = tape.constant(testing::normal(5, 7, 1));
+        let losses = token_losses(&mut tape, logits, &EACH, 0.1).unwrap();
+        let whole = cross_entropy(&mut tape, logits, &EACH, 0.1).unwrap().loss_sum;
+        let losses = tape.value(losses).unwrap();
+        assert!(losses[2] == 0.0 && (losses.iter().sum::<f64>() - whole).abs() < 1e-12);
     }
 }

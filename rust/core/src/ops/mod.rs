@@ -16,12 +16,11 @@ pub mod positions;
 pub mod residual;
 pub mod rms_norm;
 pub mod softmax;
-pub mod token_losses;
 
 pub use activation::{Activation, Gate, activation, gated};
 pub use attention::{Bias, Cache, Columns, DenseMask, Heads, KeysValues, Masks, Page, attention};
 pub use batch_norm::{Running, batch_norm};
-pub use cross_entropy::{CrossEntropy, IGNORE, cross_entropy, linear_cross_entropy, token_logprobs};
+pub use cross_entropy::{CrossEntropy, IGNORE, cross_entropy, linear_cross_entropy, token_logprobs, token_losses};
 pub use embedding::embedding;
 pub use layer_norm::layer_norm;
 pub use likeliest::likeliest;
@@ -31,7 +30,6 @@ pub use positions::add_rows;
 pub use residual::{add, dropout, residual};
 pub use rms_norm::rms_norm;
 pub use softmax::{log_probabilities, softmax};
-pub use token_losses::token_losses;
 
 use crate::ensure;
 use crate::error::{Result, Shape};
