@@ -140,17 +140,14 @@ impl Layer {
     #[staticmethod]
     fn block(py: Python<'_>, options: BlockOptions, seed: u64) -> PyResult<Self> {
         let o = options;
-        let attention = AttentionConfig::new(o.d_model, o.n_heads).map_err(raise)?;
-        let config = LayerConfig {
-            attention: AttentionConfig { bias: o.bias, dropout: o.dropout, ..attention },
-            d_ff: o.d_ff,
+        let mut config = LayerConfig {
             activation: named("activation", &o.activation)?,
             norm: named("norm", &o.norm)?,
             norm_first: o.norm_first,
             norm_eps: o.norm_eps,
-            bias: o.bias,
-            dropout: o.dropout,
+            ..LayerConfig::new(o.d_model, o.n_heads, o.d_ff).map_err(raise)?
         };
+        (config.attention.bias, config.attention.dropout) = (o.bias, o.dropout);
         Self::build(py, seed, |b| match (o.n_layers, o.decoder) {
             (None, false) => Module::Block(Box::new(TransformerLayer::encoder(b, &config))),
             (None, true) => Module::Block(Box::new(TransformerLayer::decoder(b, &config))),

@@ -67,7 +67,7 @@ fn two_matrices(stored: Stored) -> (Params<f32>, Arc<Layout>) {
     b.param("up.bias", &[7], Init::Normal { std: 1.0 });
     b.param("down.weight", &[3, 7], Init::Xavier);
     let layout = Arc::new(b.finish());
-    let other = Arc::new(layout.stored_in(stored, &[]));
+    let other = layout.stored_in(stored, &[]);
     (Params::init(layout, 1).unwrap(), other)
 }
 

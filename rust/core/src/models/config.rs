@@ -1,7 +1,8 @@
 //! What a Transformer is made of.
 
 use crate::error::{Error, Result};
-use crate::nn::{AttentionConfig, FeedForwardActivation, LayerConfig, NormKind};
+use crate::nn::{FeedForwardActivation, LayerConfig, NormKind, Positions};
+use crate::tape::Builder;
 use crate::{bail, ensure};
 use serde::{Deserialize, Serialize};
 
@@ -15,6 +16,17 @@ pub enum PositionKind {
     Learned,
     /// No positions.
     None,
+}
+
+impl PositionKind {
+    /// Declares the layer that adds them; a learned table has `max` rows.
+    pub(super) fn layer(self, b: &mut Builder, name: &str, max: Option<usize>, d_model: usize) -> Positions {
+        match (self, max) {
+            (PositionKind::Learned, Some(max)) => Positions::learned(b, name, max, d_model),
+            (PositionKind::Sinusoidal, _) => Positions::sinusoidal(d_model),
+            _ => Positions::None,
+        }
+    }
 }
 
 /// Which matrices are one (section 3.4 of the paper; Press and Wolf 2017).
@@ -121,11 +133,6 @@ impl TransformerConfig {
         serde_json::to_string_pretty(self).expect("a config has string keys and finite numbers")
     }
 
-    /// Whether the stacks end with a norm.
-    pub fn has_final_norm(&self) -> bool {
-        self.final_norm.unwrap_or(self.norm_first)
-    }
-
     /// Every condition on the fields.
     pub fn check(&self) -> Result<()> {
         for (name, n) in [
@@ -170,21 +177,15 @@ impl TransformerConfig {
 
     /// The layers of both stacks.
     pub fn layer(&self) -> Result<LayerConfig> {
-        let attention = AttentionConfig {
-            bias: self.bias,
-            dropout: self.dropout,
-            ..AttentionConfig::new(self.d_model, self.n_heads)?
-        };
-        Ok(LayerConfig {
-            attention,
-            d_ff: self.d_ff,
+        let mut layer = LayerConfig {
             activation: self.activation,
             norm: self.norm,
             norm_first: self.norm_first,
             norm_eps: self.norm_eps,
-            bias: self.bias,
-            dropout: self.dropout,
-        })
+            ..LayerConfig::new(self.d_model, self.n_heads, self.d_ff)?
+        };
+        (layer.attention.bias, layer.attention.dropout) = (self.bias, self.dropout);
+        Ok(layer)
     }
 }
 

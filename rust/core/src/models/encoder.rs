@@ -3,9 +3,7 @@
 use super::PositionKind;
 use super::config::{LARGEST, check_common};
 use crate::error::{Error, Result};
-use crate::nn::{
-    AttentionConfig, Embedding, FeedForwardActivation, LayerConfig, Linear, Norm, NormKind, Positions, Stack,
-};
+use crate::nn::{Embedding, FeedForwardActivation, LayerConfig, Linear, Norm, NormKind, Positions, Stack};
 use crate::ops::{self, Masks, Pooling};
 use crate::rows::Rows;
 use crate::simd::Float;
@@ -132,21 +130,15 @@ impl EncoderConfig {
     }
 
     fn layer(&self) -> Result<LayerConfig> {
-        let attention = AttentionConfig {
-            bias: self.bias,
-            dropout: self.dropout,
-            ..AttentionConfig::new(self.d_model, self.n_heads)?
-        };
-        Ok(LayerConfig {
-            attention,
-            d_ff: self.d_ff,
+        let mut layer = LayerConfig {
             activation: self.activation,
             norm: self.norm,
             norm_first: self.norm_first,
             norm_eps: self.norm_eps,
-            bias: self.bias,
-            dropout: self.dropout,
-        })
+            ..LayerConfig::new(self.d_model, self.n_heads, self.d_ff)?
+        };
+        (layer.attention.bias, layer.attention.dropout) = (self.bias, self.dropout);
+        Ok(layer)
     }
 }
 
@@ -179,11 +171,7 @@ impl Encoder {
         let embedding = Embedding::new(b, "embedding", config.vocab, d, scale, std);
         let token_types =
             (config.token_types > 0).then(|| Embedding::new(b, "token_types", config.token_types, d, 1.0, 1.0 / root));
-        let positions = match (config.positions, config.max_positions) {
-            (PositionKind::Learned, Some(n)) => Positions::learned(b, "positions", n, d),
-            (PositionKind::Sinusoidal, _) => Positions::sinusoidal(d),
-            _ => Positions::None,
-        };
+        let positions = config.positions.layer(b, "positions", config.max_positions, d);
         let norm =
             config.embedding_norm.then(|| Norm::new(b, "embedding_norm", d, config.norm, config.norm_eps, config.bias));
         let dropout = b.site();
@@ -203,12 +191,7 @@ impl Encoder {
     /// f32: the head, token types and learned positions.
     pub fn layout_in(&self, stored: Stored) -> Arc<Layout> {
         let small = (self.head.iter().map(Linear::weight)).chain(self.token_types.iter().map(|table| table.weight));
-        let small: Vec<_> = small.chain(self.positions.weight()).collect();
-        match stored {
-            Stored::F32 => self.layout.clone(),
-            Stored::Bf16 => Arc::new(self.layout.stored_in(stored, &[])),
-            Stored::Int8 => Arc::new(self.layout.stored_in(stored, &small)),
-        }
+        self.layout.stored_in(stored, &small.chain(self.positions.weight()).collect::<Vec<_>>())
     }
 
     /// What the model is made of.

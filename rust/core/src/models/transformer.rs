@@ -1,6 +1,6 @@
 //! "Attention Is All You Need", whole: embeddings to logits.
 
-use super::{PositionKind, Tie, TransformerConfig};
+use super::{Tie, TransformerConfig};
 use crate::ensure;
 use crate::error::Result;
 use crate::kernels::top_k::Entry;
@@ -129,16 +129,12 @@ impl Transformer {
             tie => Embedding::new(b, "tgt_embedding", config.tgt_vocab, d, scale, std(tie.is_some())),
         };
         let mut input = |name: &str, embedding: Embedding| {
-            let positions = match (config.positions, config.max_positions) {
-                (PositionKind::Learned, Some(n)) => Positions::learned(b, &format!("{name}_positions"), n, d),
-                (PositionKind::Sinusoidal, _) => Positions::sinusoidal(d),
-                _ => Positions::None,
-            };
+            let positions = config.positions.layer(b, &format!("{name}_positions"), config.max_positions, d);
             Input { embedding, positions, dropout: (b.site(), config.dropout) }
         };
         let source = input("src", src_embedding);
         let target = input("tgt", tgt_embedding);
-        let norm = config.has_final_norm();
+        let norm = config.final_norm.unwrap_or(config.norm_first);
         let encoder = b.within("encoder", |b| Stack::encoder(b, &layer, config.n_encoder_layers, norm));
         let decoder = b.within("decoder", |b| Stack::decoder(b, &layer, config.n_decoder_layers, norm));
         let head = match config.tie_embeddings {
@@ -234,11 +230,7 @@ impl Transformer {
     pub fn layout_in(&self, stored: Stored) -> Arc<Layout> {
         let positions: Vec<_> =
             [&self.source, &self.target].iter().filter_map(|side| side.positions.weight()).collect();
-        match stored {
-            Stored::F32 => self.layout.clone(),
-            Stored::Bf16 => Arc::new(self.layout.stored_in(stored, &[])),
-            Stored::Int8 => Arc::new(self.layout.stored_in(stored, &positions)),
-        }
+        self.layout.stored_in(stored, &positions)
     }
 
     /// Hidden states (R, D) -> logits (R, V).

@@ -70,8 +70,7 @@ impl Stack {
         layer: fn(&mut Builder, &LayerConfig) -> TransformerLayer,
     ) -> Self {
         let layers = (0..n_layers).map(|i| b.within(&format!("layers.{i}"), |b| layer(b, config))).collect();
-        let norm = final_norm
-            .then(|| Norm::new(b, "norm", config.attention.d_model, config.norm, config.norm_eps, config.bias));
+        let norm = final_norm.then(|| config.norm(b, "norm"));
         Stack { layers, norm }
     }
 

@@ -10,7 +10,8 @@ use crate::tape::{Builder, Params, Tape, Var};
 /// Sizes and kinds of a layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LayerConfig {
-    /// Both attentions.
+    /// Both attentions. Its biases and its dropout are also those of the feed-forward network, the norms and the outputs of
+    /// sublayers.
     pub attention: AttentionConfig,
     /// Width of the feed-forward network.
     pub d_ff: usize,
@@ -22,10 +23,25 @@ pub struct LayerConfig {
     pub norm_first: bool,
     /// What keeps the norms from dividing by zero.
     pub norm_eps: f64,
-    /// Biases in linear maps and norms.
-    pub bias: bool,
-    /// Dropout on attention weights, hidden activations and sublayer outputs.
-    pub dropout: f64,
+}
+
+impl LayerConfig {
+    /// The paper's layer with its norms before the sublayers, and without dropout.
+    pub fn new(d_model: usize, n_heads: usize, d_ff: usize) -> Result<Self> {
+        Ok(LayerConfig {
+            attention: AttentionConfig::new(d_model, n_heads)?,
+            d_ff,
+            activation: FeedForwardActivation::Relu,
+            norm: NormKind::Layer,
+            norm_first: true,
+            norm_eps: 1e-5,
+        })
+    }
+
+    /// Declares one of the norms.
+    pub(super) fn norm(&self, b: &mut Builder, name: &str) -> Norm {
+        Norm::new(b, name, self.attention.d_model, self.norm, self.norm_eps, self.attention.bias)
+    }
 }
 
 /// What a decoder layer attends to.
@@ -46,8 +62,8 @@ struct Residual {
 
 impl Residual {
     fn new(b: &mut Builder, name: &str, config: &LayerConfig) -> Self {
-        let norm = Norm::new(b, name, config.attention.d_model, config.norm, config.norm_eps, config.bias);
-        Residual { norm, norm_first: config.norm_first, dropout: (b.site(), config.dropout) }
+        let norm = config.norm(b, name);
+        Residual { norm, norm_first: config.norm_first, dropout: (b.site(), config.attention.dropout) }
     }
 
     /// Norm(x + Dropout(Sublayer(x))) as in the paper, or x + Dropout(Sublayer(Norm(x))).
@@ -100,7 +116,8 @@ impl TransformerLayer {
         let self_attention = attention("self_attention");
         let cross_attention = cross.then(|| attention("cross_attention"));
         let feed_forward = b.within("feed_forward", |b| {
-            FeedForward::new(b, config.attention.d_model, config.d_ff, config.activation, config.bias, config.dropout)
+            let AttentionConfig { d_model, bias, dropout, .. } = config.attention;
+            FeedForward::new(b, d_model, config.d_ff, config.activation, bias, dropout)
         });
         let residual = Residual::new(b, "feed_forward_norm", config);
         TransformerLayer { self_attention, cross_attention, feed_forward: (feed_forward, residual) }

@@ -84,7 +84,6 @@ mod tests {
     use crate::error::Error;
     use crate::rng::Key;
     use crate::tape::{Pool, gradcheck};
-    use std::sync::Arc;
 
     #[test]
     fn gradients_equal_differences() {
@@ -111,7 +110,7 @@ mod tests {
     #[test]
     fn rows_of_a_table_in_bf16_are_those_of_the_rounded_one() {
         let (params, ids) = testing::params::<f32>(&[&[70, 20]]);
-        let bf16 = params.convert(Arc::new(params.layout().stored_in(Stored::Bf16, &[]))).unwrap();
+        let bf16 = params.convert(params.layout().stored_in(Stored::Bf16, &[])).unwrap();
         let rounded = bf16.convert(params.layout().clone()).unwrap();
         let tokens: Vec<u32> = (0..2000).map(|i| i * 31 % 70).collect();
         let rows = |params: &Params<f32>| {
@@ -127,7 +126,7 @@ mod tests {
     #[test]
     fn rows_of_a_table_in_int8_are_its_bytes_times_their_scales() {
         let (params, ids) = testing::params::<f32>(&[&[70, 21]]);
-        let int8 = params.convert(Arc::new(params.layout().stored_in(Stored::Int8, &[]))).unwrap();
+        let int8 = params.convert(params.layout().stored_in(Stored::Int8, &[])).unwrap();
         let table = int8.int8(ids[0]).unwrap();
         let (values, scales) = (table.values(), table.scales());
         let tokens: Vec<u32> = (0..2000).map(|i| i * 31 % 70).collect();

@@ -117,7 +117,7 @@ mod tests {
     #[test]
     fn they_are_those_of_the_whole_product_bit_for_bit() {
         let (f32s, [table, weight, bias]) = params();
-        let bf16s = f32s.convert(Arc::new(f32s.layout().stored_in(Stored::Bf16, &[]))).unwrap();
+        let bf16s = f32s.convert(f32s.layout().stored_in(Stored::Bf16, &[])).unwrap();
         let x = testing::normal::<f32>(9, D, 1);
         for params in [&f32s, &bf16s] {
             for (weight, bias) in [(table, None), (table, Some(bias)), (weight, Some(bias))] {
@@ -165,7 +165,7 @@ mod tests {
             find(&params, &x, table, None, 1).unwrap()[0].as_ref().unwrap()[0].id,
             if x[0] > 0.0 { 700 } else { 9 }
         );
-        let int8 = params.convert(Arc::new(params.layout().stored_in(Stored::Int8, &[]))).unwrap();
+        let int8 = params.convert(params.layout().stored_in(Stored::Int8, &[])).unwrap();
         assert_eq!(find(&int8, &x[..D], weight, None, 1).unwrap(), [None]);
         params.set(bias, &vec![f32::NEG_INFINITY; O]).unwrap();
         assert!(find(&params, &x[..D], table, None, 1).unwrap()[0].is_some());

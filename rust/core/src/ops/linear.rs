@@ -437,7 +437,7 @@ mod tests {
         let biases = b.group(&[(bias(0).0, &[bias(0).1], normal), (bias(1).0, &[bias(1).1], normal)]);
         let layout = Arc::new(b.finish());
         let params = Params::<f32>::init(layout.clone(), 2).unwrap();
-        let int8 = params.convert(Arc::new(layout.stored_in(Stored::Int8, &[]))).unwrap();
+        let int8 = params.convert(layout.stored_in(Stored::Int8, &[])).unwrap();
         let x: Tensor<f32> = testing::normal(9, 37, 1);
         let Ok(Some(CompactRhs::Int8(packed))) = int8.compact(&weights) else { panic!("not in int8") };
         let mut expected = vec![0.0; 9 * 35];
@@ -463,7 +463,7 @@ mod tests {
     #[test]
     fn a_group_in_bf16_is_that_of_rounded_weights_bit_for_bit() {
         let (params, w, b) = group::<f32>(37, &[5, 64, 30]);
-        let bf16 = params.convert(Arc::new(params.layout().stored_in(Stored::Bf16, &[]))).unwrap();
+        let bf16 = params.convert(params.layout().stored_in(Stored::Bf16, &[])).unwrap();
         let rounded = bf16.convert(params.layout().clone()).unwrap();
         let key = Key::new(5);
         for rows in [1, 9, 70] {

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// A parameter: an index into its layout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -193,9 +194,14 @@ impl Layout {
         self.by_name.get(name).copied()
     }
 
-    /// The same parameters, as a model declares them, with its matrices in another form, all but `except`. They have no
-    /// elements in the arena; groups stay without gaps.
-    pub fn stored_in(&self, stored: Stored, except: &[ParamId]) -> Layout {
+    /// The same parameters, as a model declares them in f32, with its matrices in another form, in int8 all but `except`. They
+    /// have no elements in the arena; groups stay without gaps.
+    pub fn stored_in(self: &Arc<Self>, stored: Stored, except: &[ParamId]) -> Arc<Layout> {
+        let except = match stored {
+            Stored::F32 => return self.clone(),
+            Stored::Bf16 => &[],
+            Stored::Int8 => except,
+        };
         let (mut params, mut old_end, mut end) = (Vec::with_capacity(self.params.len()), 0, 0usize);
         for (id, entry) in self.ids().zip(&self.params) {
             let start = if entry.range.start == old_end { end } else { end.next_multiple_of(16) };
@@ -205,7 +211,7 @@ impl Layout {
             let scale = (own == Stored::Int8).then(|| format!("{}_scale", entry.name));
             params.push(Entry { stored: own, range: start..end, scale, ..entry.clone() });
         }
-        Layout { params, stats: self.stats.clone(), by_name: self.by_name.clone(), stored }
+        Arc::new(Layout { params, stats: self.stats.clone(), by_name: self.by_name.clone(), stored })
     }
 
     /// What matrices are kept in.

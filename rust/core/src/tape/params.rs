@@ -439,7 +439,7 @@ mod tests {
         let params = Params::<f32>::init(two_linears(), 3).unwrap();
         let find = |name| params.layout().find(name).unwrap();
         let (a, q, k) = (find("a.weight"), find("b.q"), find("b.k"));
-        let layout = Arc::new(params.layout().stored_in(Stored::Bf16, &[]));
+        let layout = params.layout().stored_in(Stored::Bf16, &[]);
         let mut bf16 = params.convert(layout.clone()).unwrap();
         assert_eq!((params.stored(), bf16.stored()), (Stored::F32, Stored::Bf16));
         assert_eq!(bf16.group(&[q, k]), params.group(&[q, k]));
@@ -460,7 +460,7 @@ mod tests {
         bf16.set(a, &[0.5; 15]).unwrap();
         assert!(bf16.bf16(a).unwrap().bits(0).eq([0x3f00; 5]) && bf16.version() > version);
 
-        let int8 = Arc::new(params.layout().stored_in(Stored::Int8, &[]));
+        let int8 = params.layout().stored_in(Stored::Int8, &[]);
         let error = bf16.convert(int8.clone()).unwrap_err().to_string();
         assert!(error.contains("in bf16 already; quantize the f32 model"), "{error}");
         let int8 = params.convert(int8).unwrap();
@@ -476,7 +476,7 @@ mod tests {
         let mut b = Builder::new();
         let id = b.param("embedding.weight", &[70, 5], Init::Normal { std: 1.0 });
         let params = Params::<f32>::init(Arc::new(b.finish()), 3).unwrap();
-        let mut bf16 = params.convert(Arc::new(params.layout().stored_in(Stored::Bf16, &[]))).unwrap();
+        let mut bf16 = params.convert(params.layout().stored_in(Stored::Bf16, &[])).unwrap();
         let packed = |params: &Params<f32>| match params.compact(&[id]) {
             Ok(Some(CompactRhs::Bf16(packed))) => packed[0].clone(),
             other => panic!("{other:?}"),
@@ -487,7 +487,7 @@ mod tests {
         bf16.set(id, &[2.0; 350]).unwrap();
         assert!(packed(&bf16).bits(69).eq([0x4000; 5]));
 
-        let mut int8 = params.convert(Arc::new(params.layout().stored_in(Stored::Int8, &[]))).unwrap();
+        let mut int8 = params.convert(params.layout().stored_in(Stored::Int8, &[])).unwrap();
         let packed = |params: &Params<f32>| match params.compact(&[id]) {
             Ok(Some(CompactRhs::Int8(packed))) => packed[0].clone(),
             other => panic!("{other:?}"),
@@ -504,7 +504,7 @@ mod tests {
         let mut params = Params::<f32>::init(two_linears(), 3).unwrap();
         let find = |name| params.layout().find(name).unwrap();
         let (a, b, q, k) = (find("a.weight"), find("b.weight"), find("b.q"), find("b.k"));
-        let layout = Arc::new(params.layout().stored_in(Stored::Int8, &[a]));
+        let layout = params.layout().stored_in(Stored::Int8, &[a]);
         let mut int8 = params.convert(layout.clone()).unwrap();
         assert_eq!((params.stored(), int8.stored()), (Stored::F32, Stored::Int8));
         assert!(int8.int8(a).is_none());
