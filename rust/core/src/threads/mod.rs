@@ -19,7 +19,7 @@ mod section;
 mod team;
 
 pub use lock::briefly;
-pub use pool::{MAX_THREADS, num_threads, set_local_limit, set_num_threads, try_num_threads, with_local_limit};
+pub use pool::{MAX_THREADS, num_threads, set_num_threads, try_num_threads, with_local_limit};
 pub use section::{parallel, section, uninterrupted};
 pub use team::{part, share_of};
 

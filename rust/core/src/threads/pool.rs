@@ -41,26 +41,15 @@ pub fn num_threads() -> usize {
     try_num_threads().unwrap_or_else(|_| available())
 }
 
-/// Sets the number of threads for sections that this thread opens (`Some(0)`: all; `None`: the process's number) and
-/// returns the earlier setting. Also above the process's number. Pair the calls, or use [`with_local_limit`].
-pub fn set_local_limit(limit: Option<usize>) -> Option<usize> {
-    let limit = match limit {
-        None => 0,
-        Some(0) => available(),
-        Some(n) => n.min(MAX_THREADS),
-    };
-    Some(LOCAL.replace(limit)).filter(|&n| n > 0)
-}
-
-/// Runs `body` with [`set_local_limit`] set to `n`.
+/// Runs `body` with another number of threads for the sections that this thread opens, 0 for all; also above the process's.
 pub fn with_local_limit<R>(n: usize, body: impl FnOnce() -> R) -> R {
-    struct Restore(Option<usize>);
+    struct Restore(usize);
     impl Drop for Restore {
         fn drop(&mut self) {
-            set_local_limit(self.0);
+            LOCAL.set(self.0);
         }
     }
-    let _restore = Restore(set_local_limit(Some(n)));
+    let _restore = Restore(LOCAL.replace(if n == 0 { available() } else { n.min(MAX_THREADS) }));
     body()
 }
 

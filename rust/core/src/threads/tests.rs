@@ -192,13 +192,14 @@ fn the_local_limit_is_for_this_thread_and_goes_back() {
     with_local_limit(5, || {
         assert_eq!(num_threads(), 5);
         assert_eq!(std::thread::spawn(num_threads).join().unwrap(), process);
-        assert_eq!(set_local_limit(Some(3)), Some(5));
-        assert_eq!(set_local_limit(Some(0)), Some(3));
-        assert_eq!(num_threads(), pool::available());
-        assert_eq!(set_local_limit(Some(usize::MAX)), Some(pool::available()));
-        assert_eq!(num_threads(), MAX_THREADS);
+        with_local_limit(3, || assert_eq!(num_threads(), 3));
+        assert_eq!(num_threads(), 5);
+        with_local_limit(0, || assert_eq!(num_threads(), pool::available()));
+        with_local_limit(usize::MAX, || assert_eq!(num_threads(), MAX_THREADS));
+        let panics = std::panic::catch_unwind(|| with_local_limit(3, || panic!("inside")));
+        assert!(panics.is_err() && num_threads() == 5);
     });
-    assert_eq!(set_local_limit(None), None);
+    assert_eq!(num_threads(), process);
 }
 
 #[test]
