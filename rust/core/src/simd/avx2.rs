@@ -38,7 +38,6 @@ impl Simd<f32> for Avx2 {
 
     intrinsics! {
         splat(x: f32) -> __m256 = _mm256_set1_ps(x);
-        iota() -> __m256 = _mm256_setr_ps(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0);
         add(a: __m256, b: __m256) -> __m256 = _mm256_add_ps(a, b);
         sub(a: __m256, b: __m256) -> __m256 = _mm256_sub_ps(a, b);
         mul(a: __m256, b: __m256) -> __m256 = _mm256_mul_ps(a, b);
@@ -50,10 +49,6 @@ impl Simd<f32> for Avx2 {
         sqrt(a: __m256) -> __m256 = _mm256_sqrt_ps(a);
         abs(a: __m256) -> __m256 = _mm256_andnot_ps(_mm256_set1_ps(-0.0), a);
         neg(a: __m256) -> __m256 = _mm256_xor_ps(_mm256_set1_ps(-0.0), a);
-        copysign(a: __m256, sign: __m256) -> __m256 = {
-            let bit = _mm256_set1_ps(-0.0);
-            _mm256_or_ps(_mm256_andnot_ps(bit, a), _mm256_and_ps(bit, sign))
-        };
         round(a: __m256) -> __m256 = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
         scale2(a: __m256, n: __m256) -> __m256 = {
             let exponent = _mm256_slli_epi32::<23>(_mm256_cvtps_epi32(n));
@@ -62,8 +57,6 @@ impl Simd<f32> for Avx2 {
         lt(a: __m256, b: __m256) -> __m256 = _mm256_cmp_ps::<_CMP_LT_OQ>(a, b);
         le(a: __m256, b: __m256) -> __m256 = _mm256_cmp_ps::<_CMP_LE_OQ>(a, b);
         eq(a: __m256, b: __m256) -> __m256 = _mm256_cmp_ps::<_CMP_EQ_OQ>(a, b);
-        and(a: __m256, b: __m256) -> __m256 = _mm256_and_ps(a, b);
-        or(a: __m256, b: __m256) -> __m256 = _mm256_or_ps(a, b);
         not(a: __m256) -> __m256 = _mm256_xor_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(-1)));
         any(m: __m256) -> bool = _mm256_movemask_ps(m) != 0;
         first(n: usize) -> __m256 = _mm256_castsi256_ps(window(n));

@@ -25,9 +25,6 @@ impl Simd<f32> for Avx512 {
 
     intrinsics! {
         splat(x: f32) -> __m512 = _mm512_set1_ps(x);
-        iota() -> __m512 = {
-            _mm512_setr_ps(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0)
-        };
         add(a: __m512, b: __m512) -> __m512 = _mm512_add_ps(a, b);
         sub(a: __m512, b: __m512) -> __m512 = _mm512_sub_ps(a, b);
         mul(a: __m512, b: __m512) -> __m512 = _mm512_mul_ps(a, b);
@@ -39,10 +36,6 @@ impl Simd<f32> for Avx512 {
         sqrt(a: __m512) -> __m512 = _mm512_sqrt_ps(a);
         abs(a: __m512) -> __m512 = _mm512_andnot_ps(_mm512_set1_ps(-0.0), a);
         neg(a: __m512) -> __m512 = _mm512_xor_ps(_mm512_set1_ps(-0.0), a);
-        copysign(a: __m512, sign: __m512) -> __m512 = {
-            let bit = _mm512_set1_ps(-0.0);
-            _mm512_or_ps(_mm512_andnot_ps(bit, a), _mm512_and_ps(bit, sign))
-        };
         round(a: __m512) -> __m512 = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
         scale2(a: __m512, n: __m512) -> __m512 = _mm512_scalef_ps(a, n);
         lt(a: __m512, b: __m512) -> __mmask16 = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b);
@@ -99,14 +92,6 @@ impl Simd<f32> for Avx512 {
         unsafe { dot_pairs(a, b, c) }
     }
 
-    #[inline(always)]
-    fn and(self, a: __mmask16, b: __mmask16) -> __mmask16 {
-        a & b
-    }
-    #[inline(always)]
-    fn or(self, a: __mmask16, b: __mmask16) -> __mmask16 {
-        a | b
-    }
     #[inline(always)]
     fn not(self, a: __mmask16) -> __mmask16 {
         !a

@@ -1,8 +1,8 @@
 //! The two number types of the engine: f32, and f64 for gradient checks.
 
-use std::fmt::{Debug, Display, LowerExp};
+use std::fmt::{Debug, Display};
 use std::iter::Sum;
-use std::ops::{Add, AddAssign, Div, DivAssign, Mul, MulAssign, Neg, Sub, SubAssign};
+use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub, SubAssign};
 
 use super::{Kernel, Portable, dispatch, math::VectorMath};
 
@@ -25,7 +25,6 @@ pub trait Float:
     + Default
     + Debug
     + Display
-    + LowerExp
     + Add<Output = Self>
     + Sub<Output = Self>
     + Mul<Output = Self>
@@ -34,9 +33,7 @@ pub trait Float:
     + AddAssign
     + SubAssign
     + MulAssign
-    + DivAssign
     + Sum
-    + for<'a> Sum<&'a Self>
 {
     /// 0
     const ZERO: Self;
@@ -50,8 +47,6 @@ pub trait Float:
     const NAN: Self;
     /// The largest finite number.
     const MAX: Self;
-    /// The smallest normal number above 0.
-    const MIN_POSITIVE: Self;
     /// The distance from 1 to the next number.
     const EPSILON: Self;
     /// The type's name in messages.
@@ -69,8 +64,6 @@ pub trait Float:
     fn exp(self) -> Self;
     /// The natural logarithm.
     fn ln(self) -> Self;
-    /// The hyperbolic tangent.
-    fn tanh(self) -> Self;
     /// Neither infinite nor NaN.
     fn is_finite(self) -> bool;
     /// NaN.
@@ -81,7 +74,7 @@ pub trait Float:
 }
 
 macro_rules! float {
-    ($T:ident, exp: $exp:path, ln: $ln:path, tanh: $tanh:path, dispatch: $dispatch:expr) => {
+    ($T:ident, exp: $exp:path, ln: $ln:path, dispatch: $dispatch:expr) => {
         impl Float for $T {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
@@ -89,7 +82,6 @@ macro_rules! float {
             const NEG_INFINITY: Self = $T::NEG_INFINITY;
             const NAN: Self = $T::NAN;
             const MAX: Self = $T::MAX;
-            const MIN_POSITIVE: Self = $T::MIN_POSITIVE;
             const EPSILON: Self = $T::EPSILON;
             const NAME: &'static str = stringify!($T);
 
@@ -117,10 +109,6 @@ macro_rules! float {
             fn ln(self) -> Self {
                 $ln(self)
             }
-            #[inline]
-            fn tanh(self) -> Self {
-                $tanh(self)
-            }
             #[inline(always)]
             fn is_finite(self) -> bool {
                 $T::is_finite(self)
@@ -136,5 +124,5 @@ macro_rules! float {
         }
     };
 }
-float!(f32, exp: libm::expf, ln: libm::logf, tanh: libm::tanhf, dispatch: dispatch::best);
-float!(f64, exp: libm::exp, ln: libm::log, tanh: libm::tanh, dispatch: |kernel: K| kernel.run(Portable));
+float!(f32, exp: libm::expf, ln: libm::logf, dispatch: dispatch::best);
+float!(f64, exp: libm::exp, ln: libm::log, dispatch: |kernel: K| kernel.run(Portable));

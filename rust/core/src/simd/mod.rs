@@ -78,8 +78,6 @@ pub trait Simd<T: Float>: Copy + Send + Sync + 'static {
 
     /// All lanes `x`.
     fn splat(self, x: T) -> Self::V;
-    /// Lanes 0, 1, 2, ...
-    fn iota(self) -> Self::V;
 
     /// Reads LANES numbers.
     /// # Safety
@@ -130,8 +128,6 @@ pub trait Simd<T: Float>: Copy + Send + Sync + 'static {
     fn abs(self, a: Self::V) -> Self::V;
     /// −a
     fn neg(self, a: Self::V) -> Self::V;
-    /// |a| with the sign of `sign`.
-    fn copysign(self, a: Self::V, sign: Self::V) -> Self::V;
     /// The nearest integer, ties to even; a zero may lose its sign.
     fn round(self, a: Self::V) -> Self::V;
     /// a · 2ⁿ for integral n; a and the result must be normal numbers.
@@ -143,10 +139,6 @@ pub trait Simd<T: Float>: Copy + Send + Sync + 'static {
     fn le(self, a: Self::V, b: Self::V) -> Self::M;
     /// a = b
     fn eq(self, a: Self::V, b: Self::V) -> Self::M;
-    /// Both.
-    fn and(self, a: Self::M, b: Self::M) -> Self::M;
-    /// Either.
-    fn or(self, a: Self::M, b: Self::M) -> Self::M;
     /// The opposite.
     fn not(self, a: Self::M) -> Self::M;
     /// Whether one lane is true.

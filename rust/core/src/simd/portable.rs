@@ -27,7 +27,6 @@ macro_rules! portable {
                 sqrt(a) = Float::sqrt(a);
                 abs(a) = Float::abs(a);
                 neg(a) = -a;
-                copysign(a, b) = $T::from_bits((a.to_bits() & !SIGN) | (b.to_bits() & SIGN));
                 // Adding 2^mantissa, away from zero, rounds to an integer, ties to even; larger numbers are integers already.
                 round(a) = {
                     let whole = $T::from_bits(WHOLE.to_bits() | (a.to_bits() & SIGN));
@@ -45,10 +44,6 @@ macro_rules! portable {
             #[inline(always)]
             fn splat(self, x: $T) -> Self::V {
                 [x; $lanes]
-            }
-            #[inline(always)]
-            fn iota(self) -> Self::V {
-                std::array::from_fn(|i| i as $T)
             }
             #[inline(always)]
             unsafe fn load_ptr(self, p: *const $T) -> Self::V {
@@ -86,14 +81,6 @@ macro_rules! portable {
                         unsafe { *dst.add(j * dst_stride + i) = *src.add(i.min(rows - 1) * src_stride + j) };
                     }
                 }
-            }
-            #[inline(always)]
-            fn and(self, a: Self::M, b: Self::M) -> Self::M {
-                std::array::from_fn(|i| a[i] & b[i])
-            }
-            #[inline(always)]
-            fn or(self, a: Self::M, b: Self::M) -> Self::M {
-                std::array::from_fn(|i| a[i] | b[i])
             }
             #[inline(always)]
             fn not(self, a: Self::M) -> Self::M {
