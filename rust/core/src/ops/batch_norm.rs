@@ -8,7 +8,7 @@ use crate::kernels::elementwise::{multiple, scale_assign};
 use crate::kernels::reduce::{fold_partials, partial_rows, sum_blocks};
 use crate::profile::{self, Work};
 use crate::simd::Float;
-use crate::tape::{Backward, Operation, ParamId, Params, Pool, StatId, Tape, Tensor, Var};
+use crate::tape::{Backward, Operation, ParamId, Params, StatId, Tape, Tensor, Var};
 
 /// The statistics that evaluation uses: new = (1 − momentum) · old + momentum · batch.
 #[derive(Clone, Copy, Debug)]
@@ -147,7 +147,7 @@ impl<T: Float> Operation<T> for Node<T> {
         fold_partials(&mut sums, 2 * cols)?;
         for (id, sum) in [weight, bias].into_iter().zip(sums.chunks(cols)) {
             if let Some(id) = id {
-                cx.accumulate_param(id, |dw, beta, _| multiple(dw, beta, T::ONE, sum))?;
+                cx.accumulate_param(id, |dw, beta| multiple(dw, beta, T::ONE, sum))?;
             }
         }
         // dx = w · rstd · (dy − mean of dy − xhat · mean of (dy · xhat)); running statistics are constants: no means.
@@ -156,7 +156,7 @@ impl<T: Float> Operation<T> for Node<T> {
         let (mean_dy_xhat, mean_dy) = sums[..2 * cols].split_at(cols);
         let neutral = neutral(cx.pool, cols)?;
         let [w, _] = gain_and_bias(params, (weight, bias), &neutral);
-        cx.accumulate(input, rows, cols, |dx, beta, _: &mut Pool<T>| {
+        cx.accumulate(input, rows, cols, |dx, beta| {
             batch_norm_backward(dx, beta, &dy, x, &mean, &rstd, w, mean_dy, mean_dy_xhat)
         })?;
         [dy, mean, rstd, sums].into_iter().chain(neutral).for_each(|tensor| cx.pool.recycle(tensor));
@@ -182,7 +182,7 @@ mod tests {
     use super::*;
     use crate::kernels::testing::assert_close;
     use crate::rng::Key;
-    use crate::tape::{Builder, Init, gradcheck};
+    use crate::tape::{Builder, Init, Pool, gradcheck};
     use std::sync::Arc;
 
     fn setup<T: Float>(cols: usize) -> (Params<T>, [ParamId; 2], Running) {

@@ -69,7 +69,7 @@ impl<T: Float> Operation<T> for Node {
         let _timed = profile::backward("embedding", [vocabulary, dy.cols()], || {
             Work::passes::<T>(1, dy.rows() + vocabulary, dy.cols())
         });
-        cx.accumulate_param(self.table, |dtable, beta, _| {
+        cx.accumulate_param(self.table, |dtable, beta| {
             embedding_backward(dtable, beta, &dy, &self.sorted, dy.cols(), self.scale)
         })?;
         cx.pool.recycle(dy);

@@ -9,7 +9,7 @@ use crate::kernels::norm::{Norm, norm_backward, norm_forward};
 use crate::kernels::reduce::{fold_partials, partial_rows};
 use crate::profile::{self, Work};
 use crate::simd::Float;
-use crate::tape::{Backward, Operation, ParamId, Params, Pool, Tape, Tensor, Var};
+use crate::tape::{Backward, Operation, ParamId, Params, Tape, Tensor, Var};
 
 /// y = (x − mean) / √(var + eps) · weight + bias, over the columns of each row. Absent weights are ones, absent biases zeros.
 pub fn layer_norm<T: Float>(
@@ -85,21 +85,20 @@ impl<T: Float> Operation<T> for Node<T> {
         let mut partials = cx.pool.tensor(if wanted { partial_rows(rows) } else { 0 }, 2 * cols)?;
         let neutral = neutral(cx.pool, cols)?;
         let [w, _] = gain_and_bias(params, (weight, bias), &neutral);
-        let mut write = |dx: &mut Tensor<T>, beta, _: &mut Pool<T>| {
-            norm_backward(norm, dx, beta, &mut partials, &dy, x, w, &mean, &rstd)
-        };
+        let mut write =
+            |dx: &mut Tensor<T>, beta| norm_backward(norm, dx, beta, &mut partials, &dy, x, w, &mean, &rstd);
         if cx.wants(input) {
             cx.accumulate(input, rows, cols, write)?;
         } else {
             let mut unused = cx.pool.tensor(rows, cols)?;
-            write(&mut unused, Beta::Assign, cx.pool)?;
+            write(&mut unused, Beta::Assign)?;
             cx.pool.recycle(unused);
         }
         if wanted {
             fold_partials(&mut partials, 2 * cols)?;
             for (id, sum) in [weight, bias].into_iter().zip(partials.chunks(cols)) {
                 if let Some(id) = id {
-                    cx.accumulate_param(id, |dw, beta, _| multiple(dw, beta, T::ONE, sum))?;
+                    cx.accumulate_param(id, |dw, beta| multiple(dw, beta, T::ONE, sum))?;
                 }
             }
         }
@@ -125,7 +124,7 @@ impl<T: Float> Operation<T> for Node<T> {
 mod tests {
     use super::super::testing;
     use super::*;
-    use crate::tape::gradcheck;
+    use crate::tape::{Pool, gradcheck};
 
     #[test]
     fn gradients_equal_differences() {

@@ -291,12 +291,12 @@ impl<T: Float> Operation<T> for Node<T> {
         let (rows, d) = x.shape();
         let all = matrix(&dy)?;
         // y = x Wᵀ + b  =>  dx = dy W, dW = dyᵀ x, db = Σ dy over the rows
-        cx.accumulate(input, rows, d, |dx, beta, _| product_dx(precision, dx, beta, all, params.group(&weights), d))?;
-        if !cx.accumulate_group(&weights, |dw, beta, _| product_dw(precision, dw, beta, all, x))? {
+        cx.accumulate(input, rows, d, |dx, beta| product_dx(precision, dx, beta, all, params.group(&weights), d))?;
+        if !cx.accumulate_group(&weights, |dw, beta| product_dw(precision, dw, beta, all, x))? {
             let mut first = 0;
             for (&w, width) in weights.iter().zip(&widths) {
                 let part = all.columns(first..first + width)?;
-                cx.accumulate_param(w, |dw, beta, _| product_dw(precision, dw, beta, part, x))?;
+                cx.accumulate_param(w, |dw, beta| product_dw(precision, dw, beta, part, x))?;
                 first += width;
             }
         }
@@ -304,7 +304,7 @@ impl<T: Float> Operation<T> for Node<T> {
             let sums = column_sums(&dy, cx.pool)?;
             let mut first = 0;
             for (&b, width) in biases.iter().zip(&widths) {
-                cx.accumulate_param(b, |db, beta, _| multiple(db, beta, T::ONE, &sums[first..first + width]))?;
+                cx.accumulate_param(b, |db, beta| multiple(db, beta, T::ONE, &sums[first..first + width]))?;
                 first += width;
             }
             cx.pool.recycle(sums);

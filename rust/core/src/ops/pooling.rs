@@ -46,7 +46,7 @@ impl<T: Float> Operation<T> for Node {
         let cols = dy.cols();
         let _timed = profile::backward("pool", [cols, 0], || Work::passes::<T>(1, rows.total() + dy.rows(), cols));
         // y = Σ x / n  =>  dx = dy / n in every row
-        cx.accumulate(x, rows.total(), cols, |dx, beta, _| pool_backward(dx, beta, &dy, &rows, cols, kind))?;
+        cx.accumulate(x, rows.total(), cols, |dx, beta| pool_backward(dx, beta, &dy, &rows, cols, kind))?;
         cx.pool.recycle(dy);
         Ok(())
     }

@@ -2,7 +2,6 @@
 
 use crate::ensure;
 use crate::error::Result;
-use crate::kernels::Beta;
 use crate::kernels::dropout::dropout_rows;
 use crate::kernels::elementwise::{add_into, multiple};
 use crate::profile::{self, Work};
@@ -90,16 +89,13 @@ impl<T: Float> Operation<T> for Node {
         let _timed = profile::backward(name, [cols, 0], || Work::passes::<T>(2, rows, cols));
         // dy = dropout(dz), drawn again: the same key gives the same mask.
         match &dropout {
-            Some(dropout) => cx.accumulate(y, rows, cols, |dy, beta, pool| match beta {
-                Beta::Assign => dropout_rows(dy, None, &dz, cols, dropout),
-                Beta::Add => {
-                    let mut sum = pool.tensor(rows, cols)?;
-                    dropout_rows(&mut sum, Some(dy), &dz, cols, dropout)?;
-                    pool.recycle(std::mem::replace(dy, sum));
-                    Ok(())
-                }
-            })?,
-            None => cx.accumulate(y, rows, cols, |dy, beta, _| multiple(dy, beta, T::ONE, &dz))?,
+            Some(dropout) if cx.wants(y) => {
+                let mut dy = cx.pool.tensor(rows, cols)?;
+                dropout_rows(&mut dy, None, &dz, cols, dropout)?;
+                cx.give(y, dy)?;
+            }
+            Some(_) => {}
+            None => cx.accumulate(y, rows, cols, |dy, beta| multiple(dy, beta, T::ONE, &dz))?,
         }
         // dx = dz
         match x {

@@ -77,16 +77,16 @@ impl<'a, T: Float> Backward<'a, T> {
         var: Var,
         rows: usize,
         cols: usize,
-        write: impl FnOnce(&mut Tensor<T>, Beta, &mut Pool<T>) -> Result<()>,
+        write: impl FnOnce(&mut Tensor<T>, Beta) -> Result<()>,
     ) -> Result<()> {
         if !self.wants(var) {
             return Ok(());
         }
         match &mut self.dvars[var.index as usize] {
-            Some(sum) => write(sum, Beta::Add, self.pool),
+            Some(sum) => write(sum, Beta::Add),
             empty => {
                 let mut dx = self.pool.tensor(rows, cols)?;
-                write(&mut dx, Beta::Assign, self.pool)?;
+                write(&mut dx, Beta::Assign)?;
                 *empty = Some(dx);
                 Ok(())
             }
@@ -94,13 +94,9 @@ impl<'a, T: Float> Backward<'a, T> {
     }
 
     /// Lets `write` put a parameter's gradient in place; it assigns or adds, as the flag says. Frozen ones cost nothing.
-    pub fn accumulate_param(
-        &mut self,
-        id: ParamId,
-        write: impl FnOnce(&mut [T], Beta, &mut Pool<T>) -> Result<()>,
-    ) -> Result<()> {
+    pub fn accumulate_param(&mut self, id: ParamId, write: impl FnOnce(&mut [T], Beta) -> Result<()>) -> Result<()> {
         match self.grads.slot(id, self.pool)? {
-            Some((dw, beta)) => write(dw, beta, self.pool),
+            Some((dw, beta)) => write(dw, beta),
             None => Ok(()),
         }
     }
@@ -114,10 +110,10 @@ impl<'a, T: Float> Backward<'a, T> {
     pub fn accumulate_group(
         &mut self,
         ids: &[ParamId],
-        write: impl FnOnce(&mut [T], Beta, &mut Pool<T>) -> Result<()>,
+        write: impl FnOnce(&mut [T], Beta) -> Result<()>,
     ) -> Result<bool> {
         match self.grads.group_slot(ids, self.pool)? {
-            Some((dw, beta)) => write(dw, beta, self.pool).map(|()| true),
+            Some((dw, beta)) => write(dw, beta).map(|()| true),
             None => Ok(false),
         }
     }
@@ -226,7 +222,7 @@ mod tests {
 
         fn backward(self: Box<Self>, cx: &mut Backward<'_, f64>, dy: Tensor<f64>) -> Result<()> {
             let x = cx.value(self.x)?;
-            cx.accumulate_param(self.w, |dw, beta, _| {
+            cx.accumulate_param(self.w, |dw, beta| {
                 for (i, dw) in dw.iter_mut().enumerate() {
                     let share = dy[i] * x[i] * x[i];
                     *dw = if beta == Beta::Add { *dw + share } else { share };
@@ -235,7 +231,7 @@ mod tests {
             })?;
             let factor = if self.wrong { 1.9 } else { 2.0 };
             let w = cx.params.get(self.w);
-            cx.accumulate(self.x, x.rows(), x.cols(), |dx, beta, _| {
+            cx.accumulate(self.x, x.rows(), x.cols(), |dx, beta| {
                 for (i, dx) in dx.iter_mut().enumerate() {
                     let share = dy[i] * w[i] * factor * x[i];
                     *dx = if beta == Beta::Add { *dx + share } else { share };

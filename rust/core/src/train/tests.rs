@@ -40,7 +40,7 @@ impl<T: Float> Operation<T> for SquaredError<T> {
     /// loss = Σ error² / 2, error = w · x + b − y: dw = Σ error x, db = Σ error
     fn backward(self: Box<Self>, cx: &mut Backward<'_, T>, dy: Tensor<T>) -> Result<()> {
         let scale = dy[0];
-        cx.accumulate_param(self.w, |dw, beta, _| {
+        cx.accumulate_param(self.w, |dw, beta| {
             for (j, dw) in dw.iter_mut().enumerate() {
                 let sum: T = self.x.iter().zip(&self.error).map(|(x, e)| *e * x[j] * scale).sum();
                 *dw = if beta == crate::kernels::Beta::Add { *dw + sum } else { sum };
@@ -48,7 +48,7 @@ impl<T: Float> Operation<T> for SquaredError<T> {
             Ok(())
         })?;
         if let Some(b) = self.b {
-            cx.accumulate_param(b, |db, beta, _| {
+            cx.accumulate_param(b, |db, beta| {
                 let sum = self.error.iter().map(|e| *e * scale).sum();
                 db[0] = if beta == crate::kernels::Beta::Add { db[0] + sum } else { sum };
                 Ok(())
