@@ -181,11 +181,8 @@ impl Call {
     /// What it has to do: so many products of what its queries may see as far as lengths and causality go; y, q, k and v
     /// cross from or to memory, and `again` as many gradients.
     fn work<T>(&self, products: usize, again: usize) -> Work {
-        let visible = |s: &Sequence, l: usize| (l as isize + 1 + s.shift).clamp(0, s.keys as isize) as usize;
-        let pairs = |s: &Sequence| match self.causal {
-            true => (0..s.queries).map(|l| visible(s, l)).sum(),
-            false => s.queries * s.keys,
-        };
+        let masks = kernel::Masks::<T> { causal: self.causal, keep: None, bias: None, dropout: None };
+        let pairs = |s: &Sequence| masks.pairs(s, 0..s.queries, 0..s.keys);
         let Heads { n_heads, n_kv_heads, head_dim, .. } = self.heads;
         let sum = |of: &dyn Fn(&Sequence) -> usize| self.sequences.iter().map(of).sum::<usize>();
         let (queries, keys) = (sum(&|s| s.queries), sum(&|s| s.keys));

@@ -82,6 +82,13 @@ pub struct Entry {
     pub(super) init: Init,
 }
 
+impl Entry {
+    /// Whether it is a matrix whose rows are looked up; the others are multiplied with, and start so.
+    pub(super) fn is_table(&self) -> bool {
+        self.init != Init::Xavier
+    }
+}
+
 /// Declares parameters while layers are built. `within` sets the prefix of the names inside it.
 #[derive(Debug, Default)]
 pub struct Builder {

@@ -1,6 +1,6 @@
 //! The numbers of a model's parameters, in one flat arena.
 
-use super::layout::{Entry, Init, Layout, ParamId, StatId, Stored};
+use super::layout::{Init, Layout, ParamId, StatId, Stored};
 use super::made::Made;
 use crate::error::{Error, Result, Shape};
 use crate::kernels::gemm::{Bf16Rhs, Mat, PackedRhs};
@@ -102,13 +102,14 @@ impl<T: Float> Params<T> {
         let trainable = vec![true; layout.params.len()];
         let mut compact = HashMap::new();
         for id in layout.ids() {
-            let Entry { shape, stored, init, .. } = layout.entry(id);
-            let zeros = match stored {
+            let entry = layout.entry(id);
+            let (shape, is_table) = (&entry.shape, entry.is_table());
+            let zeros = match entry.stored {
                 Stored::F32 => continue,
-                Stored::Bf16 if *init == Init::Xavier => Compact::Bf16(Bf16Rhs::zeros(shape[0], shape[1])?.into()),
-                Stored::Bf16 => Compact::Bf16(Bf16Rhs::table(shape[0], shape[1])?.into()),
-                Stored::Int8 if *init == Init::Xavier => Compact::Int8(Int8Rhs::zeros(shape[0], shape[1])?.into()),
-                Stored::Int8 => Compact::Int8(Int8Rhs::table(shape[0], shape[1])?.into()),
+                Stored::Bf16 if is_table => Compact::Bf16(Bf16Rhs::table(shape[0], shape[1])?.into()),
+                Stored::Bf16 => Compact::Bf16(Bf16Rhs::zeros(shape[0], shape[1])?.into()),
+                Stored::Int8 if is_table => Compact::Int8(Int8Rhs::table(shape[0], shape[1])?.into()),
+                Stored::Int8 => Compact::Int8(Int8Rhs::zeros(shape[0], shape[1])?.into()),
             };
             compact.insert(id, zeros);
         }

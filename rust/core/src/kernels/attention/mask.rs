@@ -70,7 +70,7 @@ impl<T> Masks<'_, T> {
     }
 
     /// Pairs of one of these queries and one of these keys that it may see, as far as causality goes.
-    pub(super) fn pairs(&self, sequence: &Sequence, queries: Range<usize>, keys: Range<usize>) -> usize {
+    pub fn pairs(&self, sequence: &Sequence, queries: Range<usize>, keys: Range<usize>) -> usize {
         if !self.causal {
             return queries.len() * keys.len();
         }
