@@ -1,6 +1,6 @@
 //! Transformers on CPUs: kernels, a tape of fused operations, layers, training and decoding.
 //!
-//! The floors, each knowing only those below it: `models`, `generate`, `train` · `nn` · `ops` · `tape` ·
+//! The floors, each knowing only those below it: `models`, `generate`, `train`, `checkpoint` · `nn` · `ops` · `tape` ·
 //! `kernels` · `simd`, `threads`, `rows`, `rng`, `profile`, `error`.
 
 pub mod checkpoint;

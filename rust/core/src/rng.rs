@@ -46,7 +46,7 @@ impl Key {
     pub fn normal(self, counter: u64) -> f64 {
         let [a, b, c, d] = self.block(counter).map(f64::from);
         let two32 = f64::from(2.0f32).powi(32);
-        let u = (a + (b + 0.5) / two32) / two32; // in (0, 1)
+        let u = (a + (b + 0.5) / two32) / two32; // in (0, 1]
         let angle = std::f64::consts::TAU * (c + d / two32) / two32;
         (-2.0 * libm::log(u)).sqrt() * libm::cos(angle)
     }

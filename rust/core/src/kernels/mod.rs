@@ -1,5 +1,5 @@
-//! Slices in, slices out: no tape, no allocation of anything large. A computation has a forward, a backward and a
-//! `_reference` in plain loops, which the tests compare with.
+//! Slices in, slices out: no tape, no allocation of anything large. A computation has a forward and, where it has a
+//! derivative, also a backward; most have a `_reference` in plain loops, which the tests compare with.
 //!
 //! Rows are independent: the result of a row depends on that row alone, by one order of operations. Sums over rows go
 //! through [`reduce`]. Work is cut into tasks by written constants, so that no bit depends on the number of threads.

@@ -81,7 +81,7 @@ fn gradients_of_whole_models_are_right() {
     ];
     for (name, config) in variants {
         let model = Transformer::new(TransformerConfig { n_encoder_layers: 1, n_decoder_layers: 1, ..config }).unwrap();
-        // Unused rows of a learned table get no gradient that differences could see; all tables here are short.
+        // Every row of the learned tables is used; an unused one would have no gradient to compare.
         let params = params(&model).cast::<f64>().unwrap();
         gradcheck(&params, &[], Some(Key::new(3)), |tape, params, _| Ok(model.loss(tape, params, &batch(), 0.1)?.loss))
             .unwrap_or_else(|e| panic!("{name}: {e}"));

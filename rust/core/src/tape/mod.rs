@@ -29,7 +29,7 @@ use crate::simd::Float;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// A value on a tape: an index and the tape's number. A stale or foreign one is an error.
+/// A value on a tape: an index and the tape's number. [`Tape::value`] refuses a stale or foreign one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Var {
     index: u32,

@@ -91,7 +91,7 @@ impl<T: Float> Pool<T> {
     }
 }
 
-/// Memory from the system, in the order in which it came.
+/// Memory from the system, in the order in which it came; the largest first after `free`.
 #[derive(Debug)]
 struct Blocks<T> {
     blocks: Vec<Block<T>>,

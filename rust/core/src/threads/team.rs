@@ -168,8 +168,8 @@ impl Team {
             while let Some(claim) = self.claim(number, me) {
                 claimed += 1;
                 // SAFETY: the claim succeeded, so the region was not over, and it will not be before `claimed` is
-                // added to `done` below: `run` is still waiting, its `job` alive and `self.job` unchanged since the
-                // store to `region` that was seen above.
+                // added to `done` below: `run` is still waiting, its `job` alive and `published.job` unchanged since
+                // the store to `region` that was seen above.
                 let job = unsafe { &*job };
                 if let Err(payload) = catch_unwind(AssertUnwindSafe(|| (job.task)(job.index(claim)))) {
                     claimed += self.report(job, payload);

@@ -2,8 +2,8 @@
 //!
 //! Work goes in blocks of [`QUERIES`] queries by [`KEYS`] keys, both counted from 0 within the sequence. A row keeps its
 //! running maximum m and sum l over the key blocks (Milakov and Gimelshein 2018, Rabe and Staats 2021, Dao et al. 2022);
-//! all that is saved for the backward pass is m + ln l, the log-sum-exp. Every number of a row depends on that row, the
-//! keys it may see and the two constants; which rows share a block or a task cannot be seen in any bit.
+//! all that is saved for the backward pass is m + log₂ l, the log-sum-exp in units of ln 2. Every number of a row depends on
+//! that row, the keys it may see and the two constants; which rows share a block or a task cannot be seen in any bit.
 
 mod backward;
 mod cache;
