@@ -1,7 +1,20 @@
 //! How the rows and columns of a product are cut into tasks. No bit depends on it.
 
+use crate::error::Result;
 use crate::threads;
 use std::ops::Range;
+
+/// A product of fewer rows than this takes as long: the weights have to come from memory.
+pub(super) const LEAST_ROWS: usize = 8;
+
+/// Runs so many tasks, on the calling thread where it is the only worker.
+pub(super) fn run(tasks: usize, workers: usize, task: impl Fn(usize) + Sync) -> Result<()> {
+    if workers > 1 {
+        return threads::parallel(tasks, task);
+    }
+    (0..tasks).for_each(task);
+    Ok(())
+}
 
 /// 0..`len` in parts of whole units (the last unit may be short), as even as can be: a thread whose parts are larger lets the
 /// others wait.
@@ -30,18 +43,18 @@ impl Cut {
 
 /// Parts of the rows times parts of the columns, a task each. Columns may be counted in panels.
 #[derive(Clone, Copy)]
-pub(super) struct Grid {
+pub(super) struct Tasks {
     rows: Cut,
     cols: Cut,
 }
 
-impl Grid {
+impl Tasks {
     /// With some more parts of the columns where the workers would not have the same to do.
     pub fn new(rows: Cut, cols: Cut, workers: usize) -> Self {
         let tasks = rows.parts * cols.parts;
         let even = tasks < workers || tasks.is_multiple_of(workers);
         let across = if even { cols.parts } else { cols.parts.next_multiple_of(workers) };
-        Grid { rows, cols: Cut::new(cols.len, cols.unit, across) }
+        Tasks { rows, cols: Cut::new(cols.len, cols.unit, across) }
     }
 
     /// Tasks side by side.
@@ -49,7 +62,7 @@ impl Grid {
         self.cols.parts
     }
 
-    pub fn tasks(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.rows.parts * self.across()
     }
 
@@ -61,7 +74,7 @@ impl Grid {
 
     /// What task `index` has before and after it.
     pub fn neighbours(&self, index: usize, workers: usize) -> Neighbours {
-        let share = threads::share_of(index, self.tasks(), workers);
+        let share = threads::share_of(index, self.count(), workers);
         let then = (index + 1 < share.end).then(|| self.block(index + 1).1.start);
         Neighbours { first: index == share.start, then }
     }
@@ -85,8 +98,8 @@ mod tests {
         for (rows, unit, parts) in [(1024, 6, 20), (1024, 12, 20), (256, 12, 3), (7, 4, 9), (1, 12, 1)] {
             for (cols, panels, across) in [(512, 64, 1), (512, 64, 3), (33, 32, 1), (1, 64, 4)] {
                 for workers in [1, 2, 3, 16] {
-                    let grid = Grid::new(Cut::new(rows, unit, parts), Cut::new(cols, panels, across), workers);
-                    let blocks: Vec<_> = (0..grid.tasks()).map(|index| grid.block(index)).collect();
+                    let tasks = Tasks::new(Cut::new(rows, unit, parts), Cut::new(cols, panels, across), workers);
+                    let blocks: Vec<_> = (0..tasks.count()).map(|index| tasks.block(index)).collect();
                     let mut seen = vec![0; rows * cols];
                     for (r, c) in &blocks {
                         assert!(r.start.is_multiple_of(unit) && c.start.is_multiple_of(panels));

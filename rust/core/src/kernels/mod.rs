@@ -16,6 +16,7 @@ pub mod int8;
 pub(crate) mod lanes;
 pub mod norm;
 pub mod optimizer;
+mod out;
 pub mod pooling;
 pub mod reduce;
 pub mod softmax;

@@ -23,11 +23,7 @@ pub use forward::{attention_forward, attention_weights};
 pub use mask::{Grid, Masks};
 pub use reference::{attention_backward_reference, attention_reference};
 
-use crate::ensure;
-use crate::error::Result;
-use crate::simd::Float;
-use std::marker::PhantomData;
-use std::ops::Range;
+pub use super::out::Out;
 
 /// Queries of a block: whole tiles of every instruction set, and few enough that their scores stay in the L1 cache.
 pub(crate) const QUERIES: usize = 48;
@@ -102,64 +98,4 @@ pub struct Inputs<'a, T> {
     pub sequences: &'a [Sequence],
     /// Which keys a query may see, and what is added to and dropped from it.
     pub masks: Masks<'a, T>,
-}
-
-/// A writable matrix, rows `stride` apart. Parts that do not overlap may be written by different tasks.
-#[derive(Debug)]
-pub struct Out<'a, T> {
-    at: *mut T,
-    rows: usize,
-    cols: usize,
-    stride: usize,
-    life: PhantomData<&'a mut T>,
-}
-
-// SAFETY: an `Out` is the only way to its elements, like the `&mut [T]` it was made from.
-unsafe impl<T: Send> Send for Out<'_, T> {}
-// SAFETY: through `&Out` elements are reached by `part` alone, whose caller vouches for them.
-unsafe impl<T: Send> Sync for Out<'_, T> {}
-
-impl<'a, T> Out<'a, T> {
-    /// The matrix of `cols` columns whose rows fill `data`.
-    pub fn new(data: &'a mut [T], cols: usize) -> Self {
-        let rows = data.len().checked_div(cols).unwrap_or(0);
-        Out { at: data.as_mut_ptr(), rows, cols, stride: cols, life: PhantomData }
-    }
-
-    /// Ranges of columns of that matrix, which must not overlap.
-    pub fn columns(data: &'a mut [T], cols: usize, ranges: &[Range<usize>]) -> Result<Vec<Self>> {
-        let whole = Out::new(data, cols);
-        for (i, a) in ranges.iter().enumerate() {
-            ensure!(a.end <= cols, Internal, "columns {a:?} of {cols}");
-            let overlap = |b: &Range<usize>| a.start < b.end && b.start < a.end;
-            ensure!(!ranges[..i].iter().any(overlap), Internal, "columns {a:?} are given twice");
-        }
-        // SAFETY: the ranges share no column.
-        Ok(ranges.iter().map(|range| unsafe { whole.part(0..whole.rows, range.clone()) }).collect())
-    }
-
-    /// A part of the matrix.
-    ///
-    /// # Safety
-    /// No two parts that live at the same time overlap.
-    unsafe fn part(&self, rows: Range<usize>, cols: Range<usize>) -> Out<'a, T> {
-        assert!(rows.start <= rows.end && rows.end <= self.rows && cols.start <= cols.end && cols.end <= self.cols);
-        // SAFETY: inside the matrix; wrapping, because an empty part may begin behind the last element.
-        let at = self.at.wrapping_add(rows.start * self.stride + cols.start);
-        Out { at, rows: rows.len(), cols: cols.len(), stride: self.stride, life: PhantomData }
-    }
-
-    /// One row.
-    fn row(&mut self, i: usize) -> &mut [T] {
-        assert!(i < self.rows);
-        // SAFETY: row i has `cols` elements, and `self` is borrowed for as long as they are.
-        unsafe { std::slice::from_raw_parts_mut(self.at.add(i * self.stride), self.cols) }
-    }
-
-    fn clear(&mut self)
-    where
-        T: Float,
-    {
-        (0..self.rows).for_each(|i| self.row(i).fill(T::ZERO));
-    }
 }

@@ -1,6 +1,7 @@
 use super::*;
 use crate::kernels::testing::normal;
 use crate::rng::{Dropout, Key};
+use crate::simd::Float;
 use crate::threads::with_local_limit;
 
 /// A batch with everything it needs, and room for every result.

@@ -34,14 +34,14 @@ pub use mat::{Mat, MatMut};
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use super::grid::{Grid, Neighbours};
+use super::grid::{LEAST_ROWS, Neighbours, Tasks, run};
 use crate::error::Result;
 use crate::simd::{Buffer, Float};
 use crate::{ensure, kernel, threads};
 use form::{Exact, Form, Pairs, Rounded};
 use left::Left;
 use pack::panel_len;
-use plan::{LEAST_ROWS, Plan};
+use plan::Plan;
 use tile::{KC, Operands};
 
 pub(super) use tile::opaque;
@@ -226,11 +226,11 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
                         ahead_k: 0,
                     });
                     let from_memory = !matches!(b, Rhs::Plain(_));
-                    let grid = plan.tasks(rows.len(), cols.len(), ks.len(), workers, from_memory);
+                    let tasks = plan.tasks(rows.len(), cols.len(), ks.len(), workers, from_memory);
                     // Packed for the first columns, rows serve all. A task that has all of them packs its own, which then are in its
                     // cache; else they are packed before.
                     let packs = plan.left == Left::Rows && cols.start == 0;
-                    let in_tasks = packs && grid.across() == 1;
+                    let in_tasks = packs && tasks.across() == 1;
                     if packs && !in_tasks {
                         let some = (threads::GRAIN / (ks.len() * tile_rows).max(1)).clamp(1, 16) * tile_rows;
                         let pack = |i: usize| pack_rows(i * some..rows.len().min((i + 1) * some));
@@ -238,17 +238,17 @@ fn product<T: Float, E: Epilogue<T>, F: Form>(
                     }
                     let last = ks.end == units && E::ACTIVE;
                     let task = |index| {
-                        let (r, c) = grid.block(index);
+                        let (r, c) = tasks.block(index);
                         if in_tasks {
                             pack_rows(r.clone());
                         }
-                        let neighbours = grid.neighbours(index, workers);
+                        let neighbours = tasks.neighbours(index, workers);
                         multiply::<T, F::Packed>(slab, r.clone(), c.clone(), neighbours);
                         if last {
                             finish(epilogue, out, shift(r, rows.start), shift(c, cols.start));
                         }
                     };
-                    run(grid.tasks(), workers, task)?;
+                    run(tasks.count(), workers, task)?;
                 }
             }
         }
@@ -278,14 +278,6 @@ fn blocks(len: usize, step: usize) -> impl Iterator<Item = Range<usize>> {
 
 fn shift(range: Range<usize>, by: usize) -> Range<usize> {
     range.start + by..range.end + by
-}
-
-fn run(tasks: usize, workers: usize, task: impl Fn(usize) + Sync) -> Result<()> {
-    if workers > 1 {
-        return threads::parallel(tasks, task);
-    }
-    (0..tasks).for_each(task);
-    Ok(())
 }
 
 kernel! {

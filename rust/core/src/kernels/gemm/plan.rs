@@ -5,11 +5,9 @@ use super::left::{FEW, Left, NEAR};
 use super::pack::panel_len;
 use super::tile::{self, KC};
 use super::{Mat, Rhs};
-use crate::kernels::grid::{Cut, Grid};
+use crate::kernels::grid::{Cut, LEAST_ROWS, Tasks};
 use crate::simd::Float;
 
-/// Fewer rows than this take as long: B has to come from memory.
-pub(super) const LEAST_ROWS: usize = 8;
 /// A task has at least so many multiply-adds: some ten microseconds.
 const TASK: usize = 1 << 18;
 /// Rows and columns of a task at most: its part of A and of C stay in the L2 cache.
@@ -74,7 +72,7 @@ impl Plan {
     }
 
     /// The tasks of a slab: about eight per worker, or four, none too small.
-    pub fn tasks(&self, rows: usize, cols: usize, depth: usize, workers: usize, from_memory: bool) -> Grid {
+    pub fn tasks(&self, rows: usize, cols: usize, depth: usize, workers: usize, from_memory: bool) -> Tasks {
         let (tile_rows, tile_cols) = self.tile;
         let thin = TASK_ROWS / 2;
         let row_parts = if workers > 1 && rows >= 8 * workers * thin {
@@ -95,6 +93,6 @@ impl Plan {
         let tasks = if from_memory { 4 } else { 8 } * workers;
         let wanted = if workers == 1 { cols } else { cols.div_ceil(tasks.div_ceil(row_parts)) };
         let col_parts = cols.div_ceil(wanted.max(at_least).min(TASK_COLS));
-        Grid::new(by_row, Cut::new(cols, panels * tile_cols, col_parts), workers)
+        Tasks::new(by_row, Cut::new(cols, panels * tile_cols, col_parts), workers)
     }
 }

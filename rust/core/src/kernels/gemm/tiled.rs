@@ -48,9 +48,9 @@ pub(super) fn product<T: Float, E: Epilogue<T>>(
                 let b = b.rows(steps.clone())?.columns(slab.clone())?;
                 pack_panels::<T, Blocks>(b_packed, b, BLOCK, workers)?;
                 let (b_packed, b_panel) = (&*b_packed, panel_len(ks.len(), BLOCK));
-                let grid = grid(m, slab.len(), ks.len(), workers);
+                let tasks = tasks(m, slab.len(), ks.len(), workers);
                 let task = |index| {
-                    let (rows, cols) = grid.block(index);
+                    let (rows, cols) = tasks.block(index);
                     let mut a_packed = Rows([T::ZERO; BLOCK * A_STRIDE]);
                     // SAFETY: whoever calls for tiles has asked `isa`.
                     let mut tiles = unsafe { Tiles::new() };
@@ -83,7 +83,7 @@ pub(super) fn product<T: Float, E: Epilogue<T>>(
                         finish(epilogue, out, rows, shift(cols, slab.start));
                     }
                 };
-                run(grid.tasks(), workers, task)?;
+                run(tasks.count(), workers, task)?;
             }
         }
         Ok(())
@@ -92,11 +92,11 @@ pub(super) fn product<T: Float, E: Epilogue<T>>(
 
 /// About eight tasks per worker, none too small; side by side only where there are few rows, for each packs its own. No bit
 /// depends on it.
-fn grid(rows: usize, cols: usize, depth: usize, workers: usize) -> Grid {
+fn tasks(rows: usize, cols: usize, depth: usize, workers: usize) -> Tasks {
     let wanted = if workers == 1 { 1 } else { 8 * workers };
     let by_row = Cut::new(rows, BLOCK, wanted.max(rows.div_ceil(TASK_ROWS)));
     let least = rows / by_row.parts();
     let at_least = TASK / (least.max(1) * depth * Blocks::STEPS);
     let across = wanted.div_ceil(by_row.parts()).min(cols / at_least.max(1));
-    Grid::new(by_row, Cut::new(cols, BLOCK, across), workers)
+    Tasks::new(by_row, Cut::new(cols, BLOCK, across), workers)
 }

@@ -16,7 +16,8 @@ pub use quantize::quantize_rows;
 pub use shortlist::Shortlist;
 
 use super::gemm::{Epilogue, stash};
-use super::grid::{Cut, Grid, Neighbours};
+use super::grid::{Cut, LEAST_ROWS, Neighbours, Tasks, run};
+use super::out::Out;
 use crate::error::Result;
 use crate::simd::bytes::{Bytes, Multiplier, Operands, PANEL, Products, STEP, Sums, WIDTH};
 use crate::simd::{Float, Kernel, MAX_LANES, Simd, prefetch};
@@ -50,8 +51,6 @@ const AHEAD: usize = 64;
 const STEP_BYTES: usize = STEP * PANEL;
 /// Bytes of a cache line.
 const LINE: usize = 64;
-/// Fewer rows than this take as long: the weights have to come from memory.
-const LEAST_ROWS: usize = 8;
 
 /// Whether bytes are multiplied faster than floats: plain Rust takes twice as long.
 pub fn is_fast() -> bool {
@@ -77,12 +76,12 @@ pub fn product<T: Float, E: Epilogue<T>>(y: &mut [T], x: &[T], weights: &[Arc<In
     }
     let work = rows.max(LEAST_ROWS).saturating_mul(outputs).saturating_mul(depth);
     if work < SERIAL_BELOW {
-        return run(y, x, w, epilogue, 1);
+        return multiply(y, x, w, epilogue, 1);
     }
-    threads::section(None, || run(y, x, w, epilogue, threads::num_threads()))
+    threads::section(None, || multiply(y, x, w, epilogue, threads::num_threads()))
 }
 
-fn run<T: Float, E: Epilogue<T>>(y: &mut [T], x: &[T], w: Group<'_>, epilogue: &E, workers: usize) -> Result<()> {
+fn multiply<T: Float, E: Epilogue<T>>(y: &mut [T], x: &[T], w: Group<'_>, epilogue: &E, workers: usize) -> Result<()> {
     let Group { bytes, depth, outputs, .. } = w;
     let rows = y.len() / outputs;
     let stride = bytes.depth(depth);
@@ -96,25 +95,22 @@ fn run<T: Float, E: Epilogue<T>>(y: &mut [T], x: &[T], w: Group<'_>, epilogue: &
         let sums = unsafe { std::slice::from_raw_parts_mut(sums.as_mut_ptr().cast::<i32>(), rows) };
         quantize_rows(q, scales, sums, x, depth, stride, workers)?;
 
-        let out = Output { far: size_of_val(y) > NEAR_BYTES, data: y.as_mut_ptr(), stride: outputs };
-        let grid = tasks(rows, w.panels(), depth, workers);
+        let (far, out) = (size_of_val(y) > NEAR_BYTES, Out::new(y, outputs));
+        let tasks = tasks(rows, w.panels(), depth, workers);
         let x = Rows { q, stride, sums, scales };
         let task = |index: usize| {
-            let (rows, panels) = grid.block(index);
-            let Neighbours { first, then } = grid.neighbours(index, workers);
+            let (rows, panels) = tasks.block(index);
+            let Neighbours { first, then } = tasks.neighbours(index, workers);
             SCRATCH.with_borrow_mut(|scratch| {
                 for (i, part) in w.parts(panels.clone()).enumerate() {
                     let cold = first && i == 0;
                     let next = if part.end < panels.end { Some(part.end) } else { then };
-                    block(bytes, scratch, &out, x, &part, epilogue, rows.clone(), cold, next.map(|next| w.start(next)));
+                    let next = next.map(|next| w.start(next));
+                    block(bytes, scratch, &out, far, x, &part, epilogue, rows.clone(), cold, next);
                 }
             });
         };
-        if workers > 1 {
-            return threads::parallel(grid.tasks(), task);
-        }
-        (0..grid.tasks()).for_each(task);
-        Ok(())
+        run(tasks.count(), workers, task)
     })
 }
 
@@ -175,20 +171,8 @@ struct Rows<'a> {
     scales: &'a [f32],
 }
 
-/// y, shared by tasks that write different elements of it.
-struct Output<T> {
-    data: *mut T,
-    /// From one row to the next.
-    stride: usize,
-    /// It does not fit into the L2 cache.
-    far: bool,
-}
-
-// SAFETY: the pointer stands for a borrow that `run` holds; tasks write disjoint elements.
-unsafe impl<T: Send> Sync for Output<T> {}
-
 /// Some eight tasks for each worker, none too small. Columns are panels.
-fn tasks(rows: usize, panels: usize, depth: usize, workers: usize) -> Grid {
+fn tasks(rows: usize, panels: usize, depth: usize, workers: usize) -> Tasks {
     let row_parts = rows.div_ceil(TASK_ROWS.max(TASK_BYTES / depth.max(1)));
     let shared_out = workers > 1 && rows >= THREAD_ROWS * workers;
     let row_parts = if shared_out { row_parts.next_multiple_of(workers) } else { row_parts };
@@ -200,7 +184,7 @@ fn tasks(rows: usize, panels: usize, depth: usize, workers: usize) -> Grid {
     };
     // Not whole tiles: tiles of equal height take what is left.
     let by_row = Cut::new(rows, 4, row_parts);
-    Grid::new(by_row, Cut::new(panels, 1, panels.div_ceil(wanted.max(at_least))), workers)
+    Tasks::new(by_row, Cut::new(panels, 1, panels.div_ceil(wanted.max(at_least))), workers)
 }
 
 thread_local! {
@@ -208,11 +192,13 @@ thread_local! {
     static SCRATCH: RefCell<(Products, Sums)> = const { RefCell::new((Products::ZERO, Sums::ZERO)) };
 }
 
-/// Some rows times some panels. `cold`: nobody asked for the first of them; `after` them, if it is known, another will be needed.
+/// Some rows times some panels. `far`: y does not fit into the L2 cache. `cold`: nobody asked for the first of the panels;
+/// `after` them, if it is known, another will be needed.
 fn block<T: Float, E: Epilogue<T>>(
     bytes: Bytes,
     (products, sums): &mut (Products, Sums),
-    out: &Output<T>,
+    out: &Out<'_, T>,
+    far: bool,
     x: Rows<'_>,
     part: &Part<'_>,
     epilogue: &E,
@@ -244,9 +230,8 @@ fn block<T: Float, E: Epilogue<T>>(
             };
             asked += share * steps;
             for (place, panel) in group.clone().enumerate() {
-                if out.far {
-                    let y = out.data.wrapping_add(row * out.stride + first_column + panel * PANEL);
-                    prefetch_rows(y, out.stride, height);
+                if far {
+                    prefetch_rows(out, row..row + height, first_column + panel * PANEL);
                 }
                 let operands = Operands {
                     steps,
@@ -261,35 +246,31 @@ fn block<T: Float, E: Epilogue<T>>(
                 };
                 multiplier.tile(&mut products.0[place * PANEL..], operands);
             }
-            T::dispatch(Finish {
-                products,
-                out,
-                rows: row..row + height,
-                column: first_column + group.start * PANEL,
-                columns: (group.len() * PANEL).min(w.outputs - group.start * PANEL),
-                epilogue,
-            });
+            let column = first_column + group.start * PANEL;
+            let columns = (group.len() * PANEL).min(w.outputs - group.start * PANEL);
+            // SAFETY: this task alone has these columns of its rows.
+            let y = unsafe { out.part(row..row + height, column..column + columns) };
+            T::dispatch(Finish { products, y, row, column, epilogue });
             row += height;
         }
     }
 }
 
 /// Asks for the place of a tile in y, which is written when it has been multiplied. (Addresses past the end are harmless.)
-fn prefetch_rows<T>(y: *const T, stride: usize, rows: usize) {
-    for row in 0..rows {
-        for column in (0..PANEL).step_by(LINE / size_of::<T>()) {
-            prefetch(y.wrapping_add(row * stride + column));
+fn prefetch_rows<T>(y: &Out<'_, T>, rows: Range<usize>, column: usize) {
+    for row in rows {
+        for column in (column..column + PANEL).step_by(LINE / size_of::<T>()) {
+            prefetch(y.address(row, column));
         }
     }
 }
 
-/// Products to their places, and the epilogue.
+/// Products to their places, which begin at this row and column, and the epilogue.
 struct Finish<'a, T, E> {
     products: &'a Products,
-    out: &'a Output<T>,
-    rows: Range<usize>,
+    y: Out<'a, T>,
+    row: usize,
     column: usize,
-    columns: usize,
     epilogue: &'a E,
 }
 
@@ -298,15 +279,13 @@ impl<T: Float, E: Epilogue<T>> Kernel<T> for Finish<'_, T, E> {
 
     #[inline(always)]
     fn run<S: Simd<T>>(self, s: S) {
-        let Finish { products, out, rows, column, columns, epilogue } = self;
-        for (row, products) in rows.zip(products.0.as_chunks::<WIDTH>().0) {
-            // SAFETY: these columns of this row are inside y, and this task alone has them.
-            let y = unsafe { std::slice::from_raw_parts_mut(out.data.add(row * out.stride + column), columns) };
+        let Finish { products, mut y, row, column, epilogue } = self;
+        for (i, products) in (0..y.rows).zip(products.0.as_chunks::<WIDTH>().0) {
             epilogue.finish_from(
                 s,
-                row,
+                row + i,
                 column,
-                y,
+                y.row(i),
                 #[inline(always)]
                 |i, _| {
                     let products = &products[i..][..S::LANES];
