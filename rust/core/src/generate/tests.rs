@@ -502,7 +502,7 @@ fn bad_input_is_refused_and_little_input_is_served() {
 #[test]
 fn a_decoding_can_be_interrupted() {
     let fixture = Fixture::new(config(), 1);
-    let endless = GenerateOptions { min_len: Length::Fixed(1_000_000), max_len: fixed(1_000_000), ..beams(4, 1) };
+    let endless = GenerateOptions { min_len: Length::Fixed(100_000), max_len: fixed(100_000), ..beams(4, 1) };
     let result = section(Some(&|| true), || fixture.search(&SOURCES, &endless));
     assert_eq!(result, Err(Error::Interrupted));
     assert!(fixture.search(&SOURCES, &beams(4, 1)).is_ok());
