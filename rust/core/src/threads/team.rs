@@ -257,6 +257,64 @@ mod tests {
     }
 
     #[test]
+    fn workers_who_never_come_delay_nobody() {
+        let team = Team::new(MAX_SHARES, true);
+        let ran = AtomicUsize::new(0);
+        for tasks in 1..1000 {
+            team.run(tasks, &|_| _ = ran.fetch_add(1, Ordering::Relaxed), || false).unwrap();
+        }
+        assert_eq!(ran.into_inner(), 999 * 1000 / 2);
+    }
+
+    #[test]
+    fn a_panic_of_a_worker_drops_the_tasks_that_have_not_begun() {
+        let (team, ran) = (Team::new(2, true), AtomicUsize::new(0));
+        let task = |i| {
+            ran.fetch_add(1, Ordering::Relaxed);
+            assert!(i == 0, "task {i}");
+            // The caller's: until the worker has dropped the others.
+            while team.shares.iter().any(|share| left(share.0.load(Ordering::Relaxed)) > 0) {
+                std::thread::yield_now();
+            }
+        };
+        let result = std::thread::scope(|scope| {
+            scope.spawn(|| team.serve(1));
+            let result = team.run(100, &task, || false);
+            team.close();
+            result
+        });
+        assert_eq!(result, Err(Error::Internal("panic in a task: task 50".into())));
+        assert_eq!(ran.into_inner(), 2);
+    }
+
+    #[test]
+    fn after_a_panic_or_an_interrupt_of_the_caller_a_worker_finds_no_task() {
+        for panics in [true, false] {
+            let (team, ran) = (Team::new(3, false), AtomicUsize::new(0));
+            // In the place of thread 2, which has begun one task and no more.
+            let begin = || {
+                assert!(team.claim(1, 2).is_some());
+                team.done.0.fetch_add(1, Ordering::Release);
+            };
+            let task = |i| {
+                ran.fetch_add(1, Ordering::Relaxed);
+                begin();
+                panic!("task {i}");
+            };
+            let stop = || {
+                if !panics {
+                    begin();
+                }
+                !panics
+            };
+            let error = if panics { Error::Internal("panic in a task: task 0".into()) } else { Error::Interrupted };
+            assert_eq!(team.run(100, &task, stop), Err(error));
+            assert_eq!(ran.into_inner(), panics as usize);
+            assert!(team.claim(1, 2).is_none() && team.claim(1, 1).is_none());
+        }
+    }
+
+    #[test]
     fn shares_are_all_the_tasks_in_their_order() {
         for (tasks, shares) in [(1, 1), (7, 2), (64, 64), (100, 7), (MAX_TASKS, MAX_SHARES)] {
             let parts: Vec<_> = (0..shares).map(|i| part(tasks, shares, i)).collect();

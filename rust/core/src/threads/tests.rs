@@ -104,6 +104,21 @@ fn a_panic_in_a_task_is_an_error_and_the_next_region_runs() {
 type Dropped = std::sync::Arc<()>;
 
 #[test]
+fn a_panic_drops_the_tasks_that_have_not_begun() {
+    with_local_limit(1, || {
+        for bad in 0..4 {
+            let ran = AtomicUsize::new(0);
+            let result = parallel(10_000, |i| {
+                ran.fetch_add(1, Ordering::Relaxed);
+                assert!(i != bad, "task {i}");
+            });
+            assert_eq!(result, Err(Error::Internal(format!("panic in a task: task {bad}"))));
+            assert_eq!(ran.into_inner(), bad + 1);
+        }
+    });
+}
+
+#[test]
 fn a_panic_in_the_body_closes_the_section() {
     with_local_limit(2, || {
         let body = || section(None, || -> Result<()> { panic!("body") });
@@ -113,16 +128,21 @@ fn a_panic_in_the_body_closes_the_section() {
 }
 
 #[test]
-fn an_interrupt_ends_the_region_and_the_section_within_a_poll_interval() {
+fn an_interrupt_ends_the_region_and_the_section() {
     for threads in THREADS {
         with_local_limit(threads, || {
             let (start, asked, ran) = (Instant::now(), Cell::new(0), AtomicUsize::new(0));
+            let me = std::thread::current().id();
+            // Tasks that this thread has begun, in all and when it was asked last.
+            let (mine, when_asked) = (AtomicUsize::new(0), Cell::new(0));
             let poll = || {
                 asked.set(asked.get() + 1);
+                when_asked.set(mine.load(Ordering::Relaxed));
                 asked.get() == 3
             };
             let nap = |_| {
                 ran.fetch_add(1, Ordering::Relaxed);
+                mine.fetch_add((std::thread::current().id() == me) as usize, Ordering::Relaxed);
                 std::thread::sleep(Duration::from_millis(2));
             };
             let result = section(Some(&poll), || {
@@ -135,8 +155,8 @@ fn an_interrupt_ends_the_region_and_the_section_within_a_poll_interval() {
             });
             assert_eq!(result, Err(Error::Interrupted));
             assert_eq!(asked.get(), 3);
-            let took = start.elapsed();
-            assert!(took >= Duration::from_millis(150) && took < Duration::from_millis(600), "{took:?}");
+            assert_eq!(mine.load(Ordering::Relaxed), when_asked.get(), "nothing begins after it said stop");
+            assert!(start.elapsed() >= Duration::from_millis(150), "asked more often than every 50 ms");
             assert_eq!(squares(10)[9], 81, "the next section knows nothing of it");
         });
     }
