@@ -5,10 +5,9 @@ import errno
 import os
 import pickle
 import re
-import subprocess
-import sys
 
 import pytest
+from memory import run
 
 import transformer_rs as tr
 
@@ -40,22 +39,17 @@ def test_each_error_has_the_base_a_builtin_and_survives_copies(name):
 
 
 def test_memory_that_is_not_there_is_an_error_and_the_process_lives():
-    code = """
-import resource
-import numpy as np
-import transformer_rs as tr
-
+    done = run("""
 x = np.ones((1, 4, 20_000, 8), np.float32)
-resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+limit(1024)
 try:
     tr.functional.attention(x, x, x, keep=np.ones((1, 1), bool), return_weights=True)
 except MemoryError as error:
     print(type(error).__name__, error)
 print(tr.functional.relu(np.ones(2)))
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    assert re.match(r"OutOfMemoryError .*cannot allocate \d+ .*\n\[1\. 1\.\]", run.stdout), run.stdout
+""")
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"OutOfMemoryError .*cannot allocate \d+ .*\n\[1\. 1\.\]", done.stdout), done.stdout
 
 
 def test_a_refusal_of_the_file_system_has_its_number(tmp_path):
