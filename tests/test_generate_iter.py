@@ -8,6 +8,7 @@ import pytest
 from small_models import WORDS, talkative
 
 import transformer_rs as tr
+from transformer_rs import _window
 
 SOURCES = [[3, 4, 5], [6], [8, 7, 3, 4, 4], [5, 5]]
 
@@ -88,22 +89,27 @@ def test_answers_of_a_generator_are_those_of_the_list(options, workers):
         assert [ids.tobytes() for ids in answers] == expected
 
 
-def test_no_worker_takes_more_than_its_share(monkeypatch):
-    from transformer_rs import _window
+def test_workers_take_their_shares_of_long_and_short_sources():
+    assert [_window._room(here, 60, 3) for here in (0, 5, 15, 16, 20)] == [20, 15, 5, 0, 0]
+    assert [_window._room(0, left, 3) for left in (0, 1, 100, 10_000)] == [1, 1, 34, 64], "one more waits for a source"
+    workers = _window._Workers([None] * 3)
+    workers.threads = []
+    workers.take([(i, [0] * n) for i, n in enumerate([9, 8, 7, 6, 5, 4, 3])])
+    waiting = [workers.waiting.get_nowait() for _ in range(7)]
+    assert [len(ids) for _, ids in waiting] == [9, 6, 3, 8, 5, 7, 4], "a third of each length, the longest first"
 
+
+def test_workers_take_every_source_once(monkeypatch):
     taken, push = [], _window._push
 
     def note(decoder, new):
-        taken.append([len(ids) for _, ids in new])
+        taken.extend(number for number, _ in new)
         push(decoder, new)
 
     monkeypatch.setattr(_window, "_push", note)
     inputs = [SOURCES[0] * (1 + i % 5) for i in range(60)]
     assert len(list(talkative().generate_iter(inputs, workers=3, max_len=3, min_len=3))) == 60
-    # Long and short ones, the longest first.
-    assert taken[0] == sorted([3, 6, 9, 12, 15] * 4, reverse=True)
-    # One that is done early has a share of the rest.
-    assert max(map(len, taken)) == 20 and sum(map(len, taken)) == 60
+    assert sorted(taken) == list(range(60))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -156,12 +156,9 @@ class _Workers:
             with num_threads(1):
                 while not self.stopped:
                     here = self.under_way[worker] = decoder.sources()
-                    # All end at about the same time if none has more than its share.
                     left = self.waiting.qsize() + sum(self.under_way)
-                    most = min(_AT_ONCE, -(-left // len(self.decoders)))
-                    # Not one by one: what is encoded together is encoded faster.
-                    if here <= most * 3 // 4:
-                        new = self.next(max(1, most - here), wait=here == 0)
+                    if room := _room(here, left, len(self.decoders)):
+                        new = self.next(room, wait=here == 0)
                         self.under_way[worker] += len(new)
                         _push(decoder, new)
                     done = decoder.step(False)[1]
@@ -181,6 +178,14 @@ class _Workers:
         except queue.Empty:
             pass
         return new
+
+
+def _room(here: int, left: int, workers: int) -> int:
+    """How many sources a worker takes that has some here, of all that are left."""
+    # All end at about the same time if none has more than its share.
+    most = min(_AT_ONCE, -(-left // workers))
+    # Not one by one: what is encoded together is encoded faster.
+    return max(1, most - here) if here <= most * 3 // 4 else 0
 
 
 def _push(decoder: _core.Decoder, new: list[_Source]) -> None:
