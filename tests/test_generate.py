@@ -314,7 +314,7 @@ def test_a_processor_may_use_the_model_and_other_threads():
 
     said = model.generate(SOURCES, max_len=3, logits_processor=ask)
     best = int(np.argmax(ask(np.zeros(0), None)[3:])) + 3
-    assert [ids.tolist() for ids in said] == [[best] * 3] * 4 or all(ids.max(initial=0) == best for ids in said)
+    assert [ids.tolist() for ids in said] == [[best] * 3] * 4
 
 
 @pytest.mark.parametrize(
