@@ -183,7 +183,7 @@ ANYTHING = st.recursive(VALUES, lambda inner: st.lists(inner, max_size=4) | st.t
 IDS = st.lists(st.lists(st.integers(-1, 9), max_size=4), max_size=3)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(call=st.sampled_from(sorted(CALLS)), src=ANYTHING | IDS, tgt=ANYTHING | IDS)
 def test_whatever_comes_the_answer_is_a_result_or_one_of_our_errors(call, src, tgt):
     try:
@@ -194,7 +194,7 @@ def test_whatever_comes_the_answer_is_a_result_or_one_of_our_errors(call, src, t
         assert str(error)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sequences=st.lists(
         st.tuples(

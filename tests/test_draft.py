@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from clocks import PATIENCE
 
 import transformer_rs as tr
 
@@ -125,7 +126,7 @@ def test_each_the_others_draft_while_weights_are_written():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE)
     assert not any(thread.is_alive() for thread in threads)
     assert found == [True] * 40
     assert np.array_equal(models[0].state_dict()["head.weight"], states[0]["head.weight"])

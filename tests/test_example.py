@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from clocks import PATIENCE
 
 import transformer_rs as tr
 
@@ -17,7 +18,7 @@ def pronounce(folder: Path, threads: int) -> str:
     """What the demo prints, without what a clock decides."""
     options = f"--words 4000 --steps 80 --seed 3 --threads {threads} --out model"
     done = subprocess.run(
-        [sys.executable, EXAMPLE, *options.split()], cwd=folder, capture_output=True, text=True, timeout=240
+        [sys.executable, EXAMPLE, *options.split()], cwd=folder, capture_output=True, text=True, timeout=2 * PATIENCE
     )
     assert done.returncode == 0, done.stderr
     text = re.sub(r"\[.*? steps/s, .*? left\]", "[rate]", done.stdout)

@@ -331,7 +331,7 @@ def test_what_is_wrong_is_said(call, error, text):
     st.booleans(),
     st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_layout_gives_the_same_bits(rows, cols, kind, fortran, strided):
     x = np.random.default_rng(rows * 41 + cols).standard_normal((rows, cols)).astype(kind)
     given = np.asfortranarray(x) if fortran else x

@@ -93,7 +93,7 @@ def test_what_is_wrong_with_ids_is_said(value, options, error, text):
 
 
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=5), st.integers(0, 3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_padded_and_ragged_hold_the_same_ids(sequences, more):
     width = max(map(len, sequences)) + more
     padded = np.zeros((len(sequences), width), np.int32)

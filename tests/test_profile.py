@@ -4,9 +4,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
+from clocks import PATIENCE
 
 import transformer_rs as tr
 
@@ -21,21 +23,23 @@ print(trainer.step([[3, 4, 5]], [[6, 7]]).loss)
 def python(code: str, profile: str | None) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if name != "TRANSFORMER_RS_PROFILE"}
     env |= {} if profile is None else {"TRANSFORMER_RS_PROFILE": profile}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=PATIENCE)
 
 
 def test_a_block_is_measured_and_nothing_beside_it():
     x = np.ones((300, 64), np.float32)
     tr.functional.softmax(x)
+    start = time.perf_counter()
     with tr.profile() as measured:
         y, pullback = tr.vjp(tr.functional.gelu, x)
         pullback(y)
+    wall = time.perf_counter() - start
     tr.functional.softmax(x)
     rows = {(row["operation"], row["pass"]): row for row in measured.rows}
     assert set(rows) == {("activation", "forward"), ("activation", "backward")}
     forward = rows["activation", "forward"]
     assert forward["calls"] == 1 and forward["rows"] == 300 and forward["sizes"] == [64] and forward["part"] == ""
-    assert forward["bytes"] == 2 * 4 * x.size and forward["flops"] == 0 and 0 < forward["seconds"] < 1
+    assert forward["bytes"] == 2 * 4 * x.size and forward["flops"] == 0 and 0 < forward["seconds"] <= wall
     assert [row["seconds"] for row in measured.rows] == sorted((row["seconds"] for row in rows.values()), reverse=True)
     assert repr(tr.profile()) == "<profile: nothing measured yet>"
     seen = r"<profile: \d+\.\d ms in 2 rows, longest activation (for|back)ward; print\(\) shows them>"
