@@ -214,25 +214,31 @@ fn spans_nest_and_threads_have_their_own() {
     fn nap(ms: u64) {
         std::thread::sleep(Duration::from_millis(ms));
     }
-    let nested = || {
+    fn nest() {
         let _outer = profile::forward("outer", [1, 2], || Work::passes::<f32>(1, 2, 3));
         nap(4);
         profile::part("inner", [0, 0], Work::default).run(|| nap(20));
         profile::part("inner", [0, 0], Work::default).run(|| nap(20));
         profile::span("other", [0, 0], Work::default).run(|| nap(1));
+    }
+    let nested = || {
+        let start = Instant::now();
+        nest();
+        start.elapsed().as_secs_f64()
     };
-    let (_, rows) = profiled(|| {
+    let (wall, rows) = profiled(|| {
         let other = std::thread::spawn(nested);
-        nested();
-        other.join().unwrap();
+        nested() + other.join().unwrap()
     });
     let outer = find(&rows, "outer", "", Pass::Forward);
     assert_eq!((outer.calls, outer.work.bytes, outer.work.rows, outer.sizes), (2, 48.0, 4.0, [1, 2]));
     let inner = find(&rows, "outer", "inner", Pass::Forward);
     assert!(inner.calls == 4 && inner.seconds >= 0.08 && outer.seconds >= 0.008);
-    // Sleeping may last longer, but the inner naps are not counted again: no two rows share any time.
-    assert!(outer.seconds < inner.seconds, "{rows:?}");
-    assert_eq!(find(&rows, "other", "", Pass::Other).calls, 2);
+    let other = find(&rows, "other", "", Pass::Other);
+    assert_eq!(other.calls, 2);
+    // Sleeping may last longer, but no two rows share any time: the inner naps, 80 ms at least, are not counted again.
+    let sum = outer.seconds + inner.seconds + other.seconds;
+    assert!(sum <= wall + 1e-6, "{sum} of {wall} s");
 }
 
 #[test]
@@ -246,8 +252,9 @@ fn starts_and_stops_count() {
     profile::stop();
     profile::stop();
     assert!(!profile::is_on());
-    let peak = profile::peak::measure(1, Duration::from_millis(20)).unwrap();
-    assert!(peak.flops > 1e8 && peak.read > 1e7 && peak.copy > 1e7 && peak.threads == 1, "{peak:?}");
-    let peak = profile::peak::measure(3, Duration::from_millis(20)).unwrap();
-    assert!(peak.flops > 1e8 && peak.read > 1e7 && peak.copy > 1e7 && peak.threads == 3, "{peak:?}");
+    for threads in [1, 3] {
+        let peak = profile::peak::measure(threads, Duration::from_millis(20)).unwrap();
+        let rates = [peak.flops, peak.read, peak.copy];
+        assert!(rates.iter().all(|rate| rate.is_finite() && *rate > 0.0) && peak.threads == threads, "{peak:?}");
+    }
 }
