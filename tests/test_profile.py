@@ -64,9 +64,11 @@ def test_the_variable_prints_the_table_when_the_process_ends():
     plain, profiled = python(PROGRAM, None), python(PROGRAM, "1")
     assert plain.returncode == profiled.returncode == 0, profiled.stderr
     assert plain.stdout == profiled.stdout and plain.stderr == ""
-    assert profiled.stderr.startswith("transformer_rs profile:")
-    for word in ("measured peak", "linear: dW", "attention (causal)", "AdamW", "memory", "\ntraining step "):
-        assert word in profiled.stderr, profiled.stderr
+    about, peak, header, *rows = profiled.stderr.splitlines()
+    assert about.startswith("transformer_rs profile:") and peak.startswith("measured peak") and header.endswith("bound")
+    # What took less than a thousandth of the time is summed up in the last line.
+    more = re.match(r"(\d+) more", rows[-1])
+    assert len(rows) + (int(more[1]) - 1 if more else 0) > 30, profiled.stderr
     assert python(PROGRAM, "0").stderr == "" == python("import transformer_rs", "1").stderr
 
 
