@@ -48,6 +48,15 @@ def test_a_block_is_measured_and_nothing_beside_it():
     assert "GB/s read" in text and "activation" in text and text == str(measured)
 
 
+def test_a_step_of_a_trainer_is_a_row():
+    config = tr.TransformerConfig(src_vocab=9, tgt_vocab=9, d_model=16, n_heads=2, d_ff=16)
+    trainer = tr.Trainer(tr.Transformer(config, seed=0), seed=0)
+    with tr.profile() as measured:
+        trainer.step([[3, 4]], [[5]])
+        trainer.apply(trainer.gradients([[3, 4]], [[5]])[1])
+    assert [row["calls"] for row in measured.rows if row["operation"] == "training step"] == [2]
+
+
 def test_blocks_nest_and_an_error_ends_one():
     x = np.ones((3, 4), np.float32)
     with tr.profile() as outer:

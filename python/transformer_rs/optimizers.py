@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import _core
-from ._arrays import ArrayLike, as_float
+from ._arrays import ArrayLike, as_float, as_ints
 from ._values import as_finite, as_json, as_positive, as_texts, flag, named
 from ._vjp import Gradients
-from .errors import ConfigError, DTypeError
+from .errors import CheckpointError, ConfigError, DTypeError
 
 __all__ = ["SGD", "Adam", "AdamW", "Optimizer"]
 
@@ -61,13 +62,14 @@ class Optimizer:
 
         Args:
             layer: A layer of ``tr.nn``, a ``tr.EncoderModel`` or a ``tr.Bert``.
-            grads: The gradient of every parameter by name, as ``pullback.gradients`` gives them (those are not copied
+            grads: The gradient of every parameter that is not frozen by name, as ``pullback.gradients`` gives them (those are not copied
                 unless their arrays were looked at).
             lr: The learning rate of this step; None means ``self.lr``.
             clip_norm: The largest norm of the gradient (Pascanu et al. 2013); None does not clip.
 
         Raises:
-            ConfigError: A negative ``lr``, or a ``clip_norm`` that is not above 0.
+            ConfigError: A negative ``lr``, a ``clip_norm`` that is not above 0, or a layer of which other parameters are
+                frozen than at the first step.
             ShapeError: Names or shapes that are not the layer's.
             NonFiniteError: NaN or infinity in a gradient; nothing was changed.
 
@@ -84,16 +86,9 @@ class Optimizer:
         True
         """
         op = f"{type(self).__name__}.update"
-        core = getattr(layer, "_core", None)
-        if core is None:
-            message = f"expected a layer of tr.nn, a tr.EncoderModel or a tr.Bert, got {type(layer).__name__}"
-            raise DTypeError(f"{op}: argument `layer`: {message}")
-        if isinstance(core, _core.Transformer):
-            raise DTypeError(f"{op}: argument `layer`: a whole model is trained by tr.Trainer(model, optimizer=...)")
+        core, state = self._known(op, layer)
         if not isinstance(grads, Mapping):
             raise DTypeError(f"{op}: argument `grads`: expected gradients by name, got {type(grads).__name__}")
-        if layer not in self._states:
-            self._states[layer] = _core.OptimizerState(self._json(), list(self.no_decay))
         kept = grads.kept() if isinstance(grads, Gradients) else None
         given = kept or {str(name): as_float(op, f"grads[{name!r}]", value) for name, value in grads.items()}
         rate = self.lr if lr is None else _in_f32(op, "lr", lr)
@@ -101,7 +96,71 @@ class Optimizer:
             raise ConfigError(f"{op}: argument `lr`: expected a finite number of at least 0, got {rate}")
         clip = None if clip_norm is None else as_positive(op, "clip_norm", clip_norm)
         with named(op):
-            self._states[layer].update(core, given, rate, clip)
+            state.update(core, given, rate, clip)
+
+    def state_dict(self, layer: Any) -> dict[str, NDArray[Any]]:
+        """Copy what is remembered of a layer: its moments by name, and ``updates``, how many steps it has made.
+
+        Beside the layer's own weights this is all that a loop needs to go on, bit for bit, in another process:
+        ``np.savez(path, **optimizer.state_dict(layer))`` keeps it.
+
+        Raises:
+            DTypeError: What is no layer.
+
+        >>> import transformer_rs as tr
+        >>> {name: array.shape for name, array in tr.AdamW().state_dict(tr.nn.Linear(3, 2, bias=False)).items()}
+        {'weight.exp_avg': (2, 3), 'weight.exp_avg_sq': (2, 3), 'updates': ()}
+        """
+        op = f"{type(self).__name__}.state_dict"
+        core, state = self._known(op, layer)
+        with named(op):
+            updates, moments = state.state_dict(core)
+        return {**moments, "updates": np.array(updates)}
+
+    def load_state_dict(self, layer: Any, state: Mapping[str, ArrayLike]) -> None:
+        """Take over what :meth:`state_dict` gave of such a layer, or nothing.
+
+        Raises:
+            CheckpointError: Lists every name that is missing or unexpected and every shape that does not fit.
+            DTypeError: What is no layer, no mapping, or an array of another kind.
+            NonFiniteError: NaN or infinity.
+
+        >>> import numpy as np
+        >>> import transformer_rs as tr
+        >>> layer, optimizer = tr.nn.Linear(3, 2, seed=0), tr.AdamW()
+        >>> y, pullback = tr.vjp(layer, np.ones((4, 3)))
+        >>> _ = pullback(y)
+        >>> optimizer.update(layer, pullback.gradients)
+        >>> other = tr.AdamW()
+        >>> other.load_state_dict(layer, optimizer.state_dict(layer))
+        >>> int(other.state_dict(layer)["updates"])
+        1
+        """
+        op = f"{type(self).__name__}.load_state_dict"
+        core, known = self._known(op, layer)
+        if not isinstance(state, Mapping):
+            raise DTypeError(f"{op}: argument `state`: expected arrays by name, got {type(state).__name__}")
+        arrays = {str(name): value for name, value in state.items()}
+        if "updates" not in arrays:
+            raise CheckpointError(f"{op}: argument `state`: 'updates' is missing")
+        steps = as_ints(op, "state['updates']", arrays.pop("updates"))
+        if steps.shape != () or steps < 0:
+            raise CheckpointError(f"{op}: argument `state['updates']`: expected one number from 0 up, got {steps!r}")
+        moments = {name: as_float(op, f"state[{name!r}]", value) for name, value in arrays.items()}
+        with named(op):
+            known.load_state_dict(core, int(steps), moments)
+
+    def _known(self, op: str, layer: Any) -> "tuple[_core.Layer, _core.OptimizerState]":
+        """The layer's core, and what is remembered of it."""
+        core = getattr(layer, "_core", None)
+        if isinstance(core, _core.Transformer):
+            raise DTypeError(f"{op}: argument `layer`: a whole model is trained by tr.Trainer(model, optimizer=...)")
+        if not isinstance(core, _core.Layer):
+            message = f"expected a layer of tr.nn, a tr.EncoderModel or a tr.Bert, got {type(layer).__name__}"
+            raise DTypeError(f"{op}: argument `layer`: {message}")
+        if layer not in self._states:
+            self._states[layer] = _core.OptimizerState(self._json(), list(self.no_decay))
+        return core, self._states[layer]
 
     def _settings(self) -> dict[str, Any]:
         names = [item.name for item in dataclasses.fields(self) if item.name not in ("no_decay", "_states")]

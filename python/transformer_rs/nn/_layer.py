@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from .. import _core
 from .._arrays import ArrayLike, Batch, FloatArray, as_float, as_mask, as_rows, as_weights, is_list, not_a_mask
 from .._config import Activation, Norm
-from .._values import as_seed, flag, named
+from .._values import as_seed, as_texts, flag, named
 from .._vjp import Forward, Recorded
 from ..errors import ShapeError
 
@@ -70,6 +70,33 @@ class Layer:
         weights = as_weights(op, arrays, self._core.precision())
         with named(op):
             self._core.load_state_dict(weights)
+
+    def freeze(self, *patterns: str) -> None:
+        """Keep parameters as they are: ``vjp`` computes no gradients of them, and optimisers pass them over.
+
+        Each call says anew what is frozen; without patterns nothing is. It is not part of ``state_dict``, of files or of
+        copies. BatchNorm's running statistics go on moving.
+
+        Args:
+            *patterns: Names of parameters, where ``*`` stands for any text and ``?`` for one character.
+
+        Raises:
+            ConfigError: A pattern that no name matches, or nothing left to train.
+            DTypeError: A pattern that is no text.
+
+        >>> import numpy as np
+        >>> import transformer_rs as tr
+        >>> layer = tr.nn.Linear(2, 1)
+        >>> layer.freeze("weight")
+        >>> y, pullback = tr.vjp(layer, np.ones((3, 2)))
+        >>> _ = pullback(y)
+        >>> sorted(pullback.gradients)
+        ['bias']
+        """
+        op = f"{type(self).__name__}.freeze"
+        names = as_texts(op, "patterns", patterns)
+        with named(op):
+            self._core.freeze(list(names))
 
     def __repr__(self) -> str:
         """Show the settings."""

@@ -15,6 +15,7 @@ use transformer_core::error::{Result, Shape};
 use transformer_core::rng::Key;
 use transformer_core::simd::zeros;
 use transformer_core::tape::{Builder, Grads, Init, Layout, ParamId, Params, Pool, StatId, Tape, Tensor, Var};
+use transformer_core::train;
 
 /// The numbers of a layer. A call reads them, an optimiser writes them.
 pub struct Weights<T> {
@@ -22,16 +23,24 @@ pub struct Weights<T> {
     pub params: Params<T>,
     /// How much of the version is due to running statistics, which no recorded training pass reads again.
     committed: u64,
+    /// How often parameters were frozen or set free: a recorded pass knows only those that were free.
+    freezes: u64,
 }
 
 impl<T: Real> Weights<T> {
     /// Weights that calls, pullbacks and optimisers share.
     pub fn shared(params: Params<T>) -> Arc<Shared<Self>> {
-        Arc::new(Shared::new(Weights { params, committed: 0 }))
+        Arc::new(Shared::new(Weights { params, committed: 0, freezes: 0 }))
     }
 
     fn version(&self, training: bool) -> u64 {
-        self.params.version() - if training { self.committed } else { 0 }
+        self.params.version() + self.freezes - if training { self.committed } else { 0 }
+    }
+
+    /// Keeps the parameters that these patterns name as they are, and sets all others free.
+    pub fn freeze(&mut self, patterns: &[String]) -> Result<()> {
+        self.freezes += 1;
+        train::freeze("argument `patterns`", patterns, &mut self.params)
     }
 
     fn commit(&mut self, statistics: Vec<(StatId, Vec<T>)>) -> Result<()> {

@@ -175,6 +175,11 @@ impl Layer {
         door::run(py, || self.weights.write(|weights| state.load_into(&mut weights.params, &[])))
     }
 
+    /// Keeps the parameters that these patterns name as they are, and sets all others free.
+    fn freeze(&self, py: Python<'_>, patterns: Vec<String>) -> PyResult<()> {
+        door::run(py, || self.weights.write(|weights| weights.freeze(&patterns)))
+    }
+
     /// The encoder of a config, with fresh weights.
     #[staticmethod]
     fn encoder(py: Python<'_>, config: &str, seed: u64) -> PyResult<Self> {

@@ -1,6 +1,6 @@
 //! Optimisers for layers, and what checks the settings of training.
 
-use crate::arrays::read_named;
+use crate::arrays::{copy, named_arrays, read_named};
 use crate::call::{Gradients, LayerGrads, Weights};
 use crate::door;
 use crate::errors::raise;
@@ -10,8 +10,8 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use serde::de::DeserializeOwned;
 use transformer_core::checkpoint::NamedArray;
-use transformer_core::error::Error;
-use transformer_core::tape::{Grads, Pool};
+use transformer_core::error::{Error, Result};
+use transformer_core::tape::{Grads, Params, Pool};
 use transformer_core::threads::uninterrupted;
 use transformer_core::train::{self, Optimizer, Schedule, check_norm, clip_scale, global_norm, set_gradients};
 
@@ -20,8 +20,12 @@ use transformer_core::train::{self, Optimizer, Schedule, check_norm, clip_scale,
 pub struct OptimizerState {
     optimizer: Optimizer,
     no_decay: Vec<String>,
-    state: Turns<Option<(train::OptimizerState, Grads<f32>)>>,
+    state: Turns<Option<Known>>,
 }
+
+type Known = (train::OptimizerState, Grads<f32>);
+
+const STATE: &str = "the optimiser's state";
 
 #[pymethods]
 impl OptimizerState {
@@ -37,16 +41,9 @@ impl OptimizerState {
             Given::Arrays(arrays) => (None, read_named::<f32>(arrays)?),
         };
         let update = |weights: &mut Weights<f32>| {
-            let mut state = self.state.take("the optimiser's state")?;
             let params = &mut weights.params;
-            let (state, own) = match &mut *state {
-                Some(known) => known,
-                empty => {
-                    let grads = Grads::new(params)?;
-                    let state = train::OptimizerState::new(&self.optimizer, &self.no_decay, params, &grads)?;
-                    empty.insert((state, grads))
-                }
-            };
+            let mut state = self.state.take(STATE)?;
+            let (state, own) = self.known(&mut state, params)?;
             let grads = match kept.and_then(|kept| kept.of(params)) {
                 Some(grads) => grads,
                 None => {
@@ -63,6 +60,49 @@ impl OptimizerState {
             uninterrupted(|| state.update(&self.optimizer, params, grads, lr, [1.0, clip_scale(norm, clip)]))
         };
         door::run(py, || layer.weights.write(update))
+    }
+
+    /// How many updates a layer had, and its moments by name.
+    fn state_dict<'py>(&self, py: Python<'py>, layer: &Layer) -> PyResult<(u64, Bound<'py, PyDict>)> {
+        let copied = |weights: &Weights<f32>| {
+            let mut state = self.state.take(STATE)?;
+            let (state, _) = self.known(&mut state, &weights.params)?;
+            let moments = state.state_dict(&self.optimizer, &weights.params);
+            let arrays = moments.map(|(name, shape, values)| Ok((name, shape.to_vec(), copy(values)?)));
+            Ok((state.updates(), arrays.collect::<Result<Vec<_>>>()?))
+        };
+        let (updates, arrays) = door::run(py, || layer.weights.read(copied))?;
+        Ok((updates, named_arrays(py, arrays)?))
+    }
+
+    /// Takes over what `state_dict` gave, or nothing.
+    fn load_state_dict(&self, py: Python<'_>, layer: &Layer, updates: u64, arrays: &Bound<'_, PyDict>) -> PyResult<()> {
+        let given = read_named::<f32>(arrays)?;
+        let arrays: Vec<NamedArray<'_>> =
+            given.iter().map(|(name, shape, values)| (name.as_str(), &shape[..], &values[..])).collect();
+        let load = |weights: &Weights<f32>| {
+            let mut state = self.state.take(STATE)?;
+            let (state, _) = self.known(&mut state, &weights.params)?;
+            state.load_state_dict(&self.optimizer, &weights.params, updates, &arrays)
+        };
+        door::run(py, || layer.weights.read(load))
+    }
+}
+
+impl OptimizerState {
+    /// What it remembers of the parameters that are free, and room for their gradients.
+    fn known<'a>(&self, state: &'a mut Option<Known>, params: &Params<f32>) -> Result<&'a mut Known> {
+        match state {
+            Some((_, grads)) if !grads.fit(params) => Err(Error::Config(
+                "other parameters are frozen than at this optimiser's first step; go on with a new one".into(),
+            )),
+            Some(known) => Ok(known),
+            empty => {
+                let grads = Grads::new(params)?;
+                let state = train::OptimizerState::new(&self.optimizer, &self.no_decay, params, &grads)?;
+                Ok(empty.insert((state, grads)))
+            }
+        }
     }
 }
 

@@ -47,7 +47,8 @@ impl<T: Float> Home<T> {
 
     /// Room for the gradients of a layer's weights.
     pub fn take_grads(&self, params: &Params<T>) -> Result<Grads<T>> {
-        self.grads.try_lock().ok().and_then(|mut grads| grads.take()).map_or_else(|| Grads::new(params), Ok)
+        let kept = self.grads.try_lock().ok().and_then(|mut grads| grads.take());
+        kept.filter(|grads| grads.fit(params)).map_or_else(|| Grads::new(params), Ok)
     }
 
     /// Gives it back.

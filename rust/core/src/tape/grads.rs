@@ -57,6 +57,11 @@ impl<T: Float> Grads<T> {
         self.ranges[id.index()].is_some()
     }
 
+    /// Whether they are of the parameters that are trainable now.
+    pub fn fit(&self, params: &Params<T>) -> bool {
+        params.layout().ids().all(|id| params.is_trainable(id) == self.wants(id))
+    }
+
     /// The numbers of a trainable parameter; 0 for a frozen one.
     fn size(&self, i: usize) -> usize {
         self.ranges[i].as_ref().map_or(0, |(range, _)| range.len())

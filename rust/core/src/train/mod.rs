@@ -18,5 +18,6 @@ pub use pattern::matches;
 pub use save::Snapshot;
 pub use schedule::{Schedule, paper_lr};
 pub use trainer::{
-    Compute, Evaluation, Gradients, Loss, Statistics, StepResult, Trainer, TrainerConfig, check_norm, set_gradients,
+    Compute, Evaluation, Gradients, Loss, Statistics, StepResult, Trainer, TrainerConfig, check_norm, freeze,
+    set_gradients,
 };

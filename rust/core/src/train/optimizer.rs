@@ -1,6 +1,7 @@
 //! Optimisers: their settings, their moments, and one pass over the flat arenas.
 
 use super::pattern;
+use crate::checkpoint::{NamedArray, Offer, match_names};
 use crate::error::Result;
 use crate::kernels::optimizer::{Adam, Sgd, adam, descent, momentum};
 use crate::profile::{self, Work};
@@ -211,6 +212,68 @@ impl OptimizerState {
     /// Whether these are gradients of the parameters it has moments of.
     pub fn fits(&self, grads: &Grads<f32>) -> bool {
         self.slots.iter().map(|s| (s.id, s.here.clone(), s.there.clone())).eq(grads.ranges())
+    }
+
+    /// How many updates there were.
+    pub fn updates(&self) -> u64 {
+        self.updates
+    }
+
+    /// Name and shape of each moment of each parameter, such as `head.weight.exp_avg`.
+    pub(super) fn places<'a>(&self, optimizer: &Optimizer, params: &'a Params<f32>) -> Vec<(String, &'a [usize])> {
+        let of = |slot: &Slot| {
+            let entry = params.layout().entry(slot.id);
+            optimizer.moments().iter().map(move |kind| (format!("{}.{kind}", entry.name), entry.shape.as_slice()))
+        };
+        self.slots.iter().flat_map(of).collect()
+    }
+
+    /// The values of these, in the same order.
+    pub(super) fn values(&self) -> impl Iterator<Item = &[f32]> {
+        self.slots.iter().flat_map(|slot| self.moments.iter().map(|arena| &arena[slot.here.clone()]))
+    }
+
+    /// Where the moment at a place among these lies.
+    pub(super) fn moment_mut(&mut self, place: usize) -> &mut [f32] {
+        let kinds = self.moments.len();
+        &mut self.moments[place % kinds][self.slots[place / kinds].here.clone()]
+    }
+
+    /// All moments by name.
+    pub fn state_dict<'a>(
+        &'a self,
+        optimizer: &Optimizer,
+        params: &'a Params<f32>,
+    ) -> impl Iterator<Item = (String, &'a [usize], &'a [f32])> {
+        self.places(optimizer, params)
+            .into_iter()
+            .zip(self.values())
+            .map(|((name, shape), values)| (name, shape, values))
+    }
+
+    /// Takes over what `state_dict` gave after so many updates: all of it, or nothing is changed.
+    pub fn load_state_dict(
+        &mut self,
+        optimizer: &Optimizer,
+        params: &Params<f32>,
+        updates: u64,
+        arrays: &[NamedArray<'_>],
+    ) -> Result<()> {
+        for (name, _, values) in arrays {
+            ensure!(
+                values.iter().all(|x| x.is_finite()),
+                NonFinite,
+                "argument `state`: `{name}` holds NaN or infinity"
+            );
+        }
+        let places = self.places(optimizer, params);
+        let places: Vec<_> = places.iter().map(|(name, shape)| (name.as_str(), *shape)).collect();
+        let offers = arrays.iter().map(|&(name, shape, _)| Offer { name, shape, problem: None });
+        for (place, array, _) in match_names("argument `state`", &places, offers, &[])? {
+            self.moment_mut(place).copy_from_slice(arrays[array].2);
+        }
+        self.updates = updates;
+        Ok(())
     }
 
     /// One update of every trainable parameter by the gradient, which must be complete, times both `scales`, one after the other.

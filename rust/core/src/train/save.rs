@@ -51,10 +51,8 @@ impl Trainer {
         let saved = Saved { step, total_steps, rank: 0, config: self.config.clone(), updates, cursor };
         let json = serde_json::to_string(&saved).map_err(|error| Error::Internal(error.to_string()))?;
 
-        let places = self.moment_places(params);
-        let values = self.state.slots.iter().flat_map(|slot| self.state.moments.iter().map(|m| &m[slot.here.clone()]));
-        let arrays: Vec<NamedArray> =
-            places.iter().zip(values).map(|((name, shape), values)| (name.as_str(), *shape, values)).collect();
+        let moments: Vec<_> = self.state.state_dict(&self.config.optimizer, params).collect();
+        let arrays = moments.iter().map(|(name, shape, values)| (name.as_str(), *shape, *values)).collect();
         checkpoint::save(folder, config_json, model_type, params, Some(TrainerState { step, json, arrays }))
     }
 
@@ -68,7 +66,7 @@ impl Trainer {
         let mut trainer = Trainer::new(saved.config, params)?;
         (trainer.step, trainer.total_steps) = (saved.step, saved.total_steps);
 
-        let places = trainer.moment_places(params);
+        let places = trainer.state.places(&trainer.config.optimizer, params);
         let places: Vec<_> = places.iter().map(|(name, shape)| (name.as_str(), *shape)).collect();
         let offers = container.tensors.iter().map(|(name, info)| Offer {
             name,
@@ -76,10 +74,8 @@ impl Trainer {
             problem: Container::unreadable(info),
         });
         let plan = match_names(&what, &places, offers, &[])?;
-        let kinds = trainer.state.moments.len();
         for (place, array, _) in plan {
-            let here = trainer.state.slots[place / kinds].here.clone();
-            trainer.state.moments[place % kinds][here].copy_from_slice(&container.read(array)?);
+            trainer.state.moment_mut(place).copy_from_slice(&container.read(array)?);
         }
         trainer.state.updates = saved.step;
         let names = trainer.state.slots.iter().map(|slot| &params.layout().entry(slot.id).name);
@@ -91,16 +87,6 @@ impl Trainer {
             saved.step
         );
         Ok((trainer, saved.cursor))
-    }
-
-    /// Name and shape of each moment of each trainable parameter.
-    fn moment_places<'a>(&self, params: &'a Params<f32>) -> Vec<(String, &'a [usize])> {
-        let kinds = self.config.optimizer.moments();
-        let of = |slot: &Slot| {
-            let entry = params.layout().entry(slot.id);
-            kinds.iter().map(move |kind| (format!("{}.{kind}", entry.name), entry.shape.as_slice()))
-        };
-        self.state.slots.iter().flat_map(of).collect()
     }
 
     /// A copy of everything that training changes.

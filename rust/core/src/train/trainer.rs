@@ -15,6 +15,9 @@ use crate::{bail, ensure};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
+/// The argument by which a trainer is told what not to train.
+const FREEZE: &str = "Trainer: argument `freeze`";
+
 /// What can be trained: something with a loss.
 pub trait Loss {
     /// What one forward pass takes.
@@ -250,7 +253,7 @@ impl Trainer {
     /// A trainer at step 0. Which parameters train is from here on `config.freeze`'s business.
     pub fn new(config: TrainerConfig, params: &mut Params<f32>) -> Result<Self> {
         config.validate()?;
-        freeze(&config, params)?;
+        freeze(FREEZE, &config.freeze, params)?;
         let grads = Grads::new(params)?;
         let state = OptimizerState::new(&config.optimizer, &config.no_decay, params, &grads)?;
         Ok(Trainer {
@@ -353,7 +356,7 @@ impl Trainer {
 
     /// Makes this trainer's frozen parameters those of the model: another trainer may have others.
     pub fn claim(&self, params: &mut Params<f32>) -> Result<()> {
-        freeze(&self.config, params)
+        freeze(FREEZE, &self.config.freeze, params)
     }
 
     /// The second half of [`Trainer::step`]: clipping, one pass of the optimiser, running statistics. It is done whole or
@@ -422,9 +425,8 @@ impl Trainer {
         micro_batches: &[L::Batch],
         sum: &mut Gradients,
     ) -> Result<()> {
-        let same_set = params.layout().ids().all(|id| params.is_trainable(id) == sum.grads.wants(id));
         ensure!(
-            same_set && self.state.fits(&sum.grads),
+            sum.grads.fit(params) && self.state.fits(&sum.grads),
             Config,
             "Trainer: the model's frozen parameters are not those of this trainer; another trainer changed them, \
              make a step or a new trainer"
@@ -523,22 +525,18 @@ impl Trainer {
     }
 }
 
-/// Makes `config.freeze` hold.
-fn freeze(config: &TrainerConfig, params: &mut Params<f32>) -> Result<()> {
+/// Freezes the parameters whose names match one of the `patterns`, the caller's `argument`, and sets all others free.
+pub fn freeze<T: Float>(argument: &str, patterns: &[String], params: &mut Params<T>) -> Result<()> {
     let layout = params.layout().clone();
-    for pattern in &config.freeze {
+    for pattern in patterns {
         ensure!(
             layout.ids().any(|id| pattern::matches(pattern, &layout.entry(id).name)),
             Config,
-            "Trainer: argument `freeze`: no parameter is named like {pattern:?}; see the names in state_dict()"
+            "{argument}: no parameter is named like {pattern:?}; see the names in state_dict()"
         );
     }
-    let frozen = |id| pattern::any(&config.freeze, &layout.entry(id).name);
-    ensure!(
-        !layout.ids().all(frozen),
-        Config,
-        "Trainer: argument `freeze`: every parameter is frozen; leave some to train"
-    );
+    let frozen = |id| pattern::any(patterns, &layout.entry(id).name);
+    ensure!(!layout.ids().all(frozen), Config, "{argument}: every parameter is frozen; leave some to train");
     layout.ids().for_each(|id| params.set_trainable(id, !frozen(id)));
     Ok(())
 }
