@@ -369,7 +369,7 @@ class EncoderModel(Layer):
         """Read a model that :meth:`save` wrote.
 
         Raises:
-            CheckpointError: Files that are damaged, or that do not fit each other.
+            CheckpointError: Files that are damaged, or that do not fit each other. (Numbers have no checksum.)
             StorageError: The file system refused.
 
         >>> import transformer_rs as tr

@@ -418,7 +418,7 @@ class Trainer:
         """Read a trainer and its model back: 10 steps are 5 steps, a save, a load and 5 steps, bit for bit.
 
         Raises:
-            CheckpointError: Files that are damaged, or a model that no trainer saved.
+            CheckpointError: Files that are damaged, or a model that no trainer saved. (Numbers have no checksum.)
             StorageError: The file system refused.
 
         >>> import tempfile

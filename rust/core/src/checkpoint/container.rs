@@ -4,6 +4,7 @@ use super::files::storage;
 use super::names::{Numbers, Tensor};
 use crate::bail;
 use crate::error::{Error, Result};
+use crate::threads::parallel;
 use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
@@ -49,6 +50,7 @@ pub(crate) fn write(
     out.write_all(&header)?;
     let mut bytes = Vec::with_capacity(PIECE);
     let mut put = |piece: &mut dyn Iterator<Item = u8>| {
+        parallel(1, |_| ()).map_err(std::io::Error::other)?; // asks whether to stop
         bytes.clear();
         bytes.extend(piece);
         out.write_all(&bytes)
@@ -166,6 +168,7 @@ impl Container {
         let mut bytes = vec![0; PIECE.min(end - start)];
         let mut left = end - start;
         while left > 0 {
+            parallel(1, |_| ())?; // asks whether to stop
             let piece = &mut bytes[..PIECE.min(left)];
             self.file.read_exact(piece).map_err(io)?;
             left -= piece.len();

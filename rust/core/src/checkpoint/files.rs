@@ -38,7 +38,8 @@ impl Staged {
             write(&mut buffered)?;
             buffered.into_inner().map_err(|error| error.into_error())?.sync_all()
         })();
-        written.map_err(|error| storage(&staged.target, &error))?;
+        // An interrupt comes as it is.
+        written.map_err(|error| error.downcast().unwrap_or_else(|error| storage(&staged.target, &error)))?;
         Ok(staged)
     }
 

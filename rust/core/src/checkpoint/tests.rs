@@ -3,6 +3,7 @@
 pub(crate) use super::files::tests::Folder;
 use super::*;
 use crate::tape::{Builder, Init, Layout};
+use crate::threads::section;
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors, serialize, tensor::TensorView};
 use std::collections::HashMap;
@@ -458,4 +459,22 @@ fn only_names_of_states_are_taken_for_states() {
     ] {
         assert!(!is_state(name), "{name}");
     }
+}
+
+#[test]
+fn saving_and_loading_can_be_interrupted() {
+    let folder = Folder::new();
+    let (one, mut other) = (params(1), params(2));
+    save_model(&folder.0, JSON, "transformer", &one).unwrap();
+    let interrupted = |work: &mut dyn FnMut() -> Result<()>| {
+        let late = || {
+            std::thread::sleep(std::time::Duration::from_millis(60)); // the next time that somebody asks is the poll's
+            work()
+        };
+        assert_eq!(section(Some(&|| true), late), Err(Error::Interrupted));
+    };
+    interrupted(&mut || save_model(&folder.0, JSON, "transformer", &other));
+    assert_eq!(folder.names().len(), 2, "nothing temporary is left");
+    assert_eq!(bits(&load(&folder.0).unwrap()), bits(&one));
+    interrupted(&mut || Checkpoint::open(&folder.0)?.load_into(&mut other, &[]));
 }

@@ -80,7 +80,12 @@ impl Schedule {
         Ok(match *self {
             Schedule::Noam { warmup } => rise(warmup).min((warmup as f64 / s).sqrt()),
             Schedule::Constant { warmup } => rise(warmup),
-            Schedule::Cosine { warmup, .. } | Schedule::Linear { warmup, .. } if step <= warmup => rise(warmup),
+            Schedule::Cosine { warmup, total: own, .. } | Schedule::Linear { warmup, total: own, .. }
+                if step <= warmup =>
+            {
+                self.progress(warmup, warmup, own.or(total))?; // who will not get further hears so at once
+                rise(warmup)
+            }
             Schedule::Cosine { warmup, total: own, floor } => {
                 let progress = self.progress(step, warmup, own.or(total))?;
                 floor + (1.0 - floor) * 0.5 * (1.0 + libm::cos(std::f64::consts::PI * progress))
@@ -154,8 +159,10 @@ mod tests {
     fn its_own_total_wins_and_a_missing_one_is_an_error() {
         let linear = |total| Schedule::Linear { warmup: 2, total, floor: 0.0 };
         assert_eq!(linear(Some(4)).factor(3, Some(100)).unwrap(), 0.5);
-        assert_eq!(linear(None).factor(2, None).unwrap(), 1.0);
-        assert!(linear(None).factor(3, None).unwrap_err().to_string().contains("`total`"));
+        // At once, not when the warm-up is over.
+        for step in [1, 2, 3] {
+            assert!(linear(None).factor(step, None).unwrap_err().to_string().contains("`total`"));
+        }
         // A total that came later may lie inside the warm-up.
         assert_eq!(linear(None).factor(3, Some(1)).unwrap(), 0.0);
     }
