@@ -137,11 +137,10 @@ def test_dropout_and_batch_norm_are_on_in_training_alone():
 def test_schedules_move_the_learning_rate():
     trainer = trainer_of(optimizer=tr.SGD(lr=0.1), schedule=tr.schedules.Noam(warmup=2))
     assert [trainer.step(SRC, TGT).lr for _ in range(3)] == [0.05, 0.1, 0.1 * math.sqrt(2 / 3)]
-    trainer = trainer_of(schedule=tr.schedules.Linear(warmup=1))
-    trainer.step(SRC, TGT)
+    trainer = trainer_of(schedule=tr.schedules.Linear(warmup=1))  # it says so at once, not after its warm-up
     with pytest.raises(tr.ConfigError, match="total"):
         trainer.step(SRC, TGT)
-    assert trainer.n_steps == 1
+    assert trainer.n_steps == 0
 
 
 def test_freezing_keeps_weights_and_costs_no_gradient():
