@@ -226,8 +226,8 @@ class Generation:
             max_tokens: How many source tokens are read ahead of the answer that is given next: more keep the cores busier,
                 fewer need less memory.
             workers: Above 1, so many threads decode sources of their own, each on one core; one answer alone takes longer. With
-                1, all threads work on each step. On two cores a worker for each gave 1.1 (f32) to 1.2 times (int8) the tokens
-                per second (docs/benchmarks.md).
+                1, all threads work on each step. On two cores a worker for each gave 1.0 to 1.2 times the tokens per second
+                (docs/benchmarks.md).
             progress: True shows a bar (with tqdm); a function is called with the number of answers so far.
             options: Those of :meth:`generate`, but for ``prefixes`` and a list of seeds, which belong to a list of sources;
                 with more than one worker no ``logits_processor``, which would be called from several threads.
