@@ -401,6 +401,7 @@ kernel! {
                     let (ahead, ahead_k) = match next {
                         _ if cold && row == rows.start => (b.wrapping_add(tile::AHEAD * slab.b_k), slab.b_k),
                         Some(next) if packed => (next.wrapping_add(asked / each * slab.b_panel + asked % each), share),
+                        _ if !packed => (b.wrapping_add(tile::NEXT * slab.b_k), slab.b_k),
                         _ => (b, 0),
                     };
                     asked += share * ks.len();
