@@ -71,6 +71,14 @@ impl Simd<f32> for Avx2 {
             let v = _mm_max_ps(v, _mm_movehl_ps(v, v));
             _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)))
         };
+        add_squares(v: __m256, sums: &mut [f64]) -> () = {
+            let halves = [_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v)];
+            for (sums, half) in sums[..8].chunks_exact_mut(4).zip(halves) {
+                let x = _mm256_cvtps_pd(half);
+                let sum = _mm256_add_pd(_mm256_loadu_pd(sums.as_ptr()), _mm256_mul_pd(x, x));
+                _mm256_storeu_pd(sums.as_mut_ptr(), sum);
+            }
+        };
         keep(row_key: [u32; 2], first_column: u32, threshold: u32) -> __m256 = {
             let lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
             let column = _mm256_add_epi32(_mm256_set1_epi32(first_column as i32), lane);

@@ -54,6 +54,14 @@ impl Simd<f32> for Avx512 {
             let v = _mm_max_ps(v, _mm_movehl_ps(v, v));
             _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)))
         };
+        add_squares(v: __m512, sums: &mut [f64]) -> () = {
+            let halves = [_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v)];
+            for (sums, half) in sums[..16].chunks_exact_mut(8).zip(halves) {
+                let x = _mm512_cvtps_pd(half);
+                let sum = _mm512_add_pd(_mm512_loadu_pd(sums.as_ptr()), _mm512_mul_pd(x, x));
+                _mm512_storeu_pd(sums.as_mut_ptr(), sum);
+            }
+        };
         keep(row_key: [u32; 2], first_column: u32, threshold: u32) -> __mmask16 = {
             let lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
             let column = _mm512_add_epi32(_mm512_set1_epi32(first_column as i32), lane);

@@ -153,6 +153,9 @@ pub trait Simd<T: Float>: Copy + Send + Sync + 'static {
     /// The largest lane, none of them NaN.
     fn reduce_max(self, v: Self::V) -> T;
 
+    /// sums[i] += (lane i)², in f64; there are LANES sums.
+    fn add_squares(self, v: Self::V, sums: &mut [f64]);
+
     /// The dropout mask: lane i is `keep_scalar(row_key, first_column + i, threshold)`, the same on every path and type.
     fn keep(self, row_key: [u32; 2], first_column: u32, threshold: u32) -> Self::M;
 

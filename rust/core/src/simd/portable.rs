@@ -46,6 +46,13 @@ macro_rules! portable {
                 [x; $lanes]
             }
             #[inline(always)]
+            fn add_squares(self, v: Self::V, sums: &mut [f64]) {
+                for (sum, x) in sums[..$lanes].iter_mut().zip(v) {
+                    let x = x.to_f64();
+                    *sum += x * x;
+                }
+            }
+            #[inline(always)]
             unsafe fn load_ptr(self, p: *const $T) -> Self::V {
                 // SAFETY: the caller's promise; reading does not ask for alignment.
                 unsafe { p.cast::<Self::V>().read_unaligned() }

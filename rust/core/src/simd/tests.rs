@@ -253,6 +253,27 @@ fn reductions_match<T: Float>(lanes: usize) {
     }
 }
 
+kernel! {
+    fn add_squares<'a, T>(s: S; sums: &'a mut [f64], x: &'a [T]) {
+        s.add_squares(s.load(x), sums);
+    }
+}
+
+fn squares_are_summed_lane_by_lane<T: Float>(lanes: usize) {
+    let x: Vec<T> = (0..lanes).map(|i| T::from_f64(i as f64 * 1e-3 + 1.0 / 3.0)).collect();
+    let mut sums: Vec<f64> = (0..lanes + 3).map(|i| i as f64 * 1e5).collect();
+    let expected: Vec<f64> = sums.iter().zip(&x).map(|(sum, x)| sum + x.to_f64() * x.to_f64()).collect();
+    add_squares(&mut sums, &x);
+    assert_eq!(sums[..lanes], expected);
+    assert_eq!(sums[lanes..], [lanes, lanes + 1, lanes + 2].map(|i| i as f64 * 1e5), "no more sums than lanes");
+}
+
+#[test]
+fn squares_are_summed_in_f64() {
+    squares_are_summed_lane_by_lane::<f32>(lanes_of(1.0f32).0);
+    squares_are_summed_lane_by_lane::<f64>(4);
+}
+
 #[test]
 fn reductions_follow_the_tree() {
     reductions_match::<f32>(lanes_of(1.0f32).0);
