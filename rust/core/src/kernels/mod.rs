@@ -21,6 +21,8 @@ pub mod pooling;
 pub mod reduce;
 pub mod softmax;
 pub mod top_k;
+#[cfg(test)]
+mod vectorised;
 
 use crate::threads::rows_per_task;
 
