@@ -1,6 +1,6 @@
 """Measure, beside the rivals, and write it down: docs/benchmarks.md, docs/benchmarks.json and README's table.
 
-    python -m benches                       # all but two sections (`make bench`); about ten minutes
+    python -m benches                       # all but three sections (`make bench`); about ten minutes
     python -m benches steps attention       # these sections alone; the others keep what was measured before
     python -m benches steps --only tiny --turns 16 --dry
 

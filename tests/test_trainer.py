@@ -193,6 +193,19 @@ def test_adamw_by_hand():
         np.testing.assert_allclose(array, expected, atol=2e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda trainer: pickle.loads(pickle.dumps(trainer))])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_and_a_pickled_trainer_go_on_bit_for_bit(kind, again):
+    values, settings = KINDS[kind]
+    trainer = trainer_of(model_of(**values), schedule=tr.schedules.Noam(warmup=3), **settings)
+    trainer.step(SRC, TGT)
+    other = again(trainer)
+    assert other.model is not trainer.model and other.n_steps == 1
+    for _ in range(2):
+        assert other.step(SRC, TGT) == trainer.step(SRC, TGT)
+    assert_same(state(trainer), state(other))
+
+
 def test_two_trainers_of_one_model():
     model = model_of()
     one, other = trainer_of(model, freeze=("encoder.*",)), trainer_of(model, freeze=("decoder.*",))

@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import json
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from numpy.typing import NDArray
@@ -445,5 +447,18 @@ class Trainer:
         trainer._best = None
         return trainer
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what :meth:`save` writes, the model's weights among it."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            return _revive, ({file.name: file.read_bytes() for file in Path(folder).iterdir()},)
+
     def __repr__(self) -> str:
         return f"<Trainer at step {self.n_steps} with {self._optimizer} of {self._model!r}>"
+
+
+def _revive(files: dict[str, bytes]) -> Trainer:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        return Trainer.load(folder)
