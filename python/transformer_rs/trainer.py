@@ -4,11 +4,9 @@ import contextlib
 import dataclasses
 import json
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from numpy.typing import NDArray
@@ -449,16 +447,25 @@ class Trainer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what :meth:`save` writes, the model's weights among it."""
+        import tempfile
+
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
-            return _revive, ({file.name: file.read_bytes() for file in Path(folder).iterdir()},)
+            files = {}
+            for name in os.listdir(folder):
+                with open(os.path.join(folder, name), "rb") as file:
+                    files[name] = file.read()
+        return _revive, (files,)
 
     def __repr__(self) -> str:
         return f"<Trainer at step {self.n_steps} with {self._optimizer} of {self._model!r}>"
 
 
 def _revive(files: dict[str, bytes]) -> Trainer:
+    import tempfile
+
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
-            (Path(folder) / name).write_bytes(content)
+            with open(os.path.join(folder, name), "wb") as file:
+                file.write(content)
         return Trainer.load(folder)
