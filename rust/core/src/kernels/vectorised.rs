@@ -1,10 +1,10 @@
 //! Kernels use the vector units: one that lost its vector instructions fails here, not in a benchmark months later. Each is timed on
 //! numbers that lie in the L1 cache, in f32, which runs on the path in use, and in f64, which runs the same source on plain instructions;
 //! of many turns the best are compared, never seconds. With `lanes::sweep` kept from being inlined, ratios of 3.4 to 71 fell to between
-//! 0.2 and 1.8. (tests/test_vectorised.py compares products and attention likewise, as they are shipped.)
+//! 0.2 and 1.8. (tests/test_vectorised.py compares whole operations likewise, as they are shipped.)
 
 use super::Beta;
-use super::activation::{Gelu, Relu, activation_backward, activation_forward};
+use super::activation::{Gelu, Relu, activation_backward, activation_forward, relu_backward};
 use super::batch_norm::{batch_norm_backward, batch_norm_forward, batch_norm_sums};
 use super::dropout::dropout_rows;
 use super::elementwise::add_into;
@@ -28,7 +28,7 @@ const TURNS: usize = 60;
 const REPEATS: usize = 40;
 /// How many times faster f32 must be, on 8 or 16 lanes: some 60 % of the least that was seen (an Intel Xeon).
 const LEAST: f64 = 2.0;
-/// And how fast products with weights in another form, beside those in f32: half of what was seen.
+/// And products with weights in another form, beside those in f32: likewise.
 const LEAST_OF_F32: f64 = 0.6;
 
 type Job<'a> = (&'static str, Box<dyn FnMut() -> Result<()> + 'a>);
@@ -73,6 +73,7 @@ fn kernels<T: Float>() -> Vec<(&'static str, f64)> {
         job!("gelu", [z = out()] activation_forward(Gelu, &mut z, x)),
         // In place: numbers that dwindle would become subnormal.
         job!("gelu backward", [z = out()] { z.copy_from_slice(y); activation_backward(Gelu, &mut z, x) }),
+        job!("relu backward", [z = out()] { z.copy_from_slice(y); relu_backward(&mut z, x, T::ONE) }),
         job!("dropout and residual", [z = out()] dropout_rows(&mut z, Some(x), y, COLS, dropout)),
         job!("layer_norm", [z = out(), mean = per_row.to_vec(), rstd = per_row.to_vec()]
             norm_forward(Norm::Layer, &mut z, &mut mean, &mut rstd, x, w, w, 1e-5)),

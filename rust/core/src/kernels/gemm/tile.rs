@@ -159,6 +159,7 @@ unsafe fn tile<T: Float, S: Simd<T>, F: Form, const R: usize, const P: usize, co
                 }
                 ahead = ahead.wrapping_add(o.ahead_k);
             }
+            // (Where a row's steps lie side by side this asks for what is there, which costs nothing.)
             if R > 2 {
                 prefetch(a[0].wrapping_add(NEXT * o.a_k));
             }
